@@ -96,9 +96,19 @@ def _leftovers(path: Path) -> list[Path]:
     for one in path.parent.iterdir():
         if one.name.startswith(_MARK) and one.name.endswith(f"-{path.name}"):
             pid, _, name = one.name.removeprefix(_MARK).partition("-")
-            if name == path.name and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            if name in (path.name, f"old-{path.name}") and pid.isdigit() and not _runs(int(pid)):
                 found.append(one)
     return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as somebody else
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,42 @@
+# One command each; every target makes .venv from the lock when it is missing or older than the lock.
+PYTHON ?= python3.11
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+BIN := .venv/bin
+READY := .venv/.ready
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+
+.PHONY: all setup tables figures smoke test lint dry reference clean
+.DEFAULT_GOAL := tables
+
+setup: $(READY)
+
+$(READY): requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "error: the lock is for Python 3.11; remove .venv and call make with PYTHON=…")'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	touch $@
+
+tables: $(READY)  ## the main job: results/tables and results/figures
+	$(SNAKEMAKE) results/tables results/figures
+
+smoke: $(READY)  ## one clip of five frames: results/smoke
+	$(SNAKEMAKE) --configfile config/smoke.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+
+dry: $(READY)
+	$(SNAKEMAKE) --dry-run --quiet rules
+
+reference: tables  ## results/reference and the README's table from this run
+	$(BIN)/python scripts/update_readme.py
+
+clean:  ## remove what the runs have written; weights and reference stay
+	rm -rf .snakemake results/clips results/calibration results/quantized results/restored results/measured results/tables \
+	  results/figures results/logs results/smoke results/config.json

@@ -1,0 +1,31 @@
+from snakemake.utils import min_version
+
+min_version("9.14")
+
+from qvsr import plan as planning
+from qvsr.provenance import code_digest
+
+planning.environment()
+plan = planning.Plan.from_snakemake(config, workflow.configfiles)
+
+
+pathvars:
+    results=str(plan.output),
+
+
+include: "workflow/rules/settings.smk"
+include: "workflow/rules/clips.smk"
+include: "workflow/rules/calibrate.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/restore.smk"
+include: "workflow/rules/measure.smk"
+include: "workflow/rules/tables.smk"
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/mini.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        "<results>/tables",
+        "<results>/figures",

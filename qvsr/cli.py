@@ -1,0 +1,186 @@
+"""``python -m qvsr STAGE``: one command a stage, one output that appears whole or not at all.
+
+The only module that imports `baselines` and `metrics` (their decorators fill the registries). Heavy packages load inside the
+command that needs them, so ``--help`` is quick. What a user can do wrong ends here as one line ``error: …`` and exit code 1;
+with ``QVSR_DEBUG=1`` as the full traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from qvsr import plan
+from qvsr.config import Config, ConfigError, schema
+from qvsr.provenance import atomic_path
+
+app = typer.Typer(
+    name="qvsr", help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check settings, or write them out with all defaults.")
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="settings, YAML or the run's config.json")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY.KEY=VALUE (YAML), wins over the file; may be repeated")]
+Out = Annotated[Path, typer.Option("--out", help="appears whole or not at all")]
+MethodOption = Annotated[str, typer.Option("--method", help="a name of `baselines`, or bicubic")]
+BitsOption = Annotated[str, typer.Option("--bits", help="such as W4A4; W32A32 for what is not quantized")]
+
+
+def main() -> None:
+    """Run a stage; the one place that turns a user's error into one line."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("QVSR_DEBUG"):
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def settings(path: Path, overrides: list[str] | None = None) -> Config:
+    """The settings of a stage, with ``KEY.KEY=VALUE`` overrides."""
+    data: dict[str, Any] = {}
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: KEY=VALUE is expected, such as --set sampling.steps=5")
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        data = plan.settings.merge(data, nested)
+    return plan.resolve([path], data)
+
+
+def compute(config: Config) -> None:
+    """Everything that makes two runs the same: fixed numbers of threads, deterministic algorithms, a seed."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(config.threads)  # numpy and torch are not loaded yet: they read these when they are
+    import torch
+
+    torch.set_num_threads(config.threads)
+    torch.set_num_interop_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+
+
+@config_app.command("check")
+def config_check(path: Annotated[Path, typer.Argument(help="settings, YAML")] = plan.DEFAULT, set_: SetOption = None) -> None:
+    """Say whether settings can work, and what would run."""
+    config = settings(path, set_)
+    run = plan.Plan(config)
+    clips = run.pairs()
+    typer.echo(f"{path}: fine; {len(run.rows())} rows, {len(clips)} clips, {len(config.metrics)} metrics, output in {config.output}")
+
+
+@config_app.command("write")
+def config_write(
+    out: Out,
+    values: Annotated[str | None, typer.Option("--settings", help="all settings as JSON, as the workflow passes them")] = None,
+    path: Annotated[Path, typer.Option("--config", help="settings, YAML; used when --settings is absent")] = plan.DEFAULT,
+    set_: SetOption = None,
+) -> None:
+    """Write settings out with all defaults, as one JSON file that every stage reads."""
+    config = plan.settings.validate(json.loads(values), "--settings") if values else settings(path, set_)
+    with atomic_path(out) as partial:
+        partial.write_text(json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+
+
+@app.command("schema")
+def schema_() -> None:
+    """Print the JSON schema of the settings."""
+    typer.echo(schema(), nl=False)
+
+
+@app.command()
+def clips(
+    config: ConfigOption,
+    dataset: Annotated[str, typer.Option()],
+    clip: Annotated[str, typer.Option()],
+    gt: Annotated[Path, typer.Option(help="folder for the ground truth")],
+    lq: Annotated[Path, typer.Option(help="folder for the degraded frames")],
+    set_: SetOption = None,
+) -> None:
+    """Cut one clip from its source and degrade it."""
+    from qvsr.stages import clips as stage
+
+    stage.run(settings(config, set_), dataset, clip, gt, lq)
+
+
+@app.command()
+def calibrate(
+    config: ConfigOption,
+    out: Out,
+    lq: Annotated[list[Path], typer.Argument(help="folders of the calibration clips' LQ frames")],
+    set_: SetOption = None,
+) -> None:
+    """Record calibration samples from the full-precision run; continues where it was stopped."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    from qvsr.stages import calibrate as stage
+
+    stage.run(resolved, lq, out)
+
+
+@app.command()
+def quantize(
+    config: ConfigOption,
+    method: MethodOption,
+    bits: BitsOption,
+    calibration: Annotated[Path, typer.Option(help="folder written by calibrate")],
+    out: Out,
+    set_: SetOption = None,
+) -> None:
+    """Quantize the U-Net with one method at one bit width."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    import baselines  # noqa: F401  (fills the registry)
+    from qvsr.stages import quantize as stage
+
+    stage.run(resolved, method, bits, calibration, out)
+
+
+@app.command()
+def restore(
+    config: ConfigOption,
+    lq: Annotated[Path, typer.Option(help="folder of LQ frames")],
+    out: Out,
+    method: MethodOption = "full_precision",
+    bits: BitsOption = plan.UNQUANTIZED_BITS,
+    checkpoint: Annotated[str, typer.Option(help="quantized checkpoint; empty for full_precision and bicubic")] = "",
+    set_: SetOption = None,
+) -> None:
+    """Restore one clip: LQ frames to frames of four times the size."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    from qvsr.stages import restore as stage
+
+    stage.run(resolved, method, bits, Path(checkpoint) if checkpoint else None, lq, out)
+
+
+@app.command()
+def measure(
+    pred: Annotated[Path, typer.Option(help="folder of restored frames")],
+    gt: Annotated[Path, typer.Option(help="folder of ground truth frames")],
+    out: Out,
+    fp: Annotated[Path | None, typer.Option(help="folder of the full-precision output, for metrics that compare with it")] = None,
+    metrics: Annotated[str | None, typer.Option(help="names, separated by commas; default: those of the configuration")] = None,
+    config: ConfigOption = plan.DEFAULT,
+    dataset: Annotated[str, typer.Option()] = "",
+    method: MethodOption = "",
+    bits: BitsOption = "",
+    set_: SetOption = None,
+) -> None:
+    """Measure one restored clip: one JSON line per metric."""
+    overrides = (set_ or []) + ([f"metrics=[{metrics}]"] if metrics else [])
+    resolved = settings(config, overrides)
+    compute(resolved)
+    import metrics as registered  # noqa: F401  (fills the registry)
+    from qvsr.stages import measure as stage
+
+    stage.run(resolved, pred, gt, fp, dataset, method, bits, out)

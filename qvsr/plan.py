@@ -1,0 +1,148 @@
+"""What the workflow runs: the settings resolved, the jobs that follow from them, a digest of what each stage reads.
+
+The Snakefile and its rules only place what this module decides. It imports nothing heavy: a dry run takes no second of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qvsr import config as settings
+from qvsr.config import Config, ConfigError
+from qvsr.provenance import ROOT
+from qvsr.registry import suggest
+
+DEFAULT = Path("config/default.yaml")
+# What is not quantized but stands in the tables: the reference, and what no network at all gives.
+UNQUANTIZED = ("bicubic", "full_precision")
+UNQUANTIZED_BITS = "W32A32"
+
+
+def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config:
+    """The settings of one run.
+
+    Args:
+        files: YAML files, later ones win; each may `extends` another. None: ``config/default.yaml``.
+        overrides: plain values that win over the files; as Snakemake's ``config`` they may repeat the files' values.
+    Raises:
+        ConfigError: one line that names the file and the key, an unknown method or metric included.
+    """
+    files = [Path(file) for file in files] or [ROOT / DEFAULT]
+    data: dict[str, Any] = {}
+    for file in files:
+        data = settings.merge(data, settings.read(file))
+    data = settings.merge(data, {key: value for key, value in overrides.items() if key != "extends"})
+    config = settings.validate(data, " + ".join(_short(file) for file in files))
+    check_names(config)
+    return config
+
+
+def _short(file: Path) -> str:
+    absolute = file.resolve()
+    return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else file)
+
+
+def check_names(config: Config) -> None:
+    """Refuse a method or metric that no file declares, before anything is computed."""
+    for kind, asked, known in (
+        ("method", config.methods, declared("baselines", "BASELINES") + declared("qvsr", "BASELINES") + ["bicubic"]),
+        ("metric", config.metrics, declared("metrics", "METRICS")),
+    ):
+        for name in asked:
+            if name not in known:
+                raise ConfigError(suggest(kind, name, known) + f"; see {kind}s in the configuration")
+
+
+def declared(package: str, registry: str) -> list[str]:
+    """Names that the files of a package add to a registry, read from the source: importing them would load torch.
+
+    >>> "psnr" in declared("metrics", "METRICS")
+    True
+    """
+    pattern = re.compile(rf"""\b{registry}\.add\(\s*["']([^"']+)["']""")
+    return sorted(name for file in (ROOT / package).glob("*.py") if file.name != "registry.py" for name in pattern.findall(file.read_text()))
+
+
+def settings_digest(config: Config, *keys: str) -> str:
+    """Digest of the settings that a stage reads: a change of one makes its outputs stale, a change of any other does not.
+
+    Args:
+        keys: dotted names, such as ``method.quantvsr``.
+    """
+    values = []
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+        values.append([key, value.model_dump(mode="json") if isinstance(value, settings.Settings) else value])
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def to_json(config: Config) -> str:
+    """The resolved settings as one line of JSON, the form in which a run keeps them (``{output}/config.json``)."""
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True)
+
+
+class Plan:
+    """The jobs of one run: which files must exist for its tables."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.output = config.output
+
+    @classmethod
+    def from_snakemake(cls, overrides: Mapping[str, Any], files: Sequence[str | Path]) -> Plan:
+        """As :func:`resolve`; what cannot work ends the program with one line, without Snakemake's traceback."""
+        try:
+            plan = cls(resolve(files, overrides))
+            plan.pairs()
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+        return plan
+
+    def digest(self, *keys: str) -> str:
+        return settings_digest(self.config, *keys)
+
+    def weights(self) -> list[str]:
+        """Weight files of the backbone that the stages read."""
+        return [str(path) for path in (self.config.backbone.weights, self.config.backbone.vae_weights) if path is not None]
+
+    def quantized(self) -> list[tuple[str, str]]:
+        """(method, bits) of every quantized checkpoint."""
+        return [(method, bits) for method in self.config.methods if method not in UNQUANTIZED for bits in self.config.bits if bits != UNQUANTIZED_BITS]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(method, bits) of every row of the tables, unquantized ones first."""
+        return [(method, UNQUANTIZED_BITS) for method in UNQUANTIZED] + self.quantized()
+
+    def clips(self, dataset: str) -> list[str]:
+        """Names of a dataset's clips."""
+        from qvsr.data.datasets import clip_names
+
+        return clip_names(self.config, dataset)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(dataset, clip) of every clip that is measured."""
+        return [(dataset, clip) for dataset in self.config.evaluate for clip in self.clips(dataset)]
+
+    def picture(self) -> tuple[str, str]:
+        """(dataset, clip) shown in the comparison picture."""
+        return self.config.picture or self.pairs()[0]
+
+    def checkpoint(self, method: str, bits: str) -> list[str]:
+        """The quantized checkpoint that a restoration reads; none for what is not quantized."""
+        return [] if method in UNQUANTIZED else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]
+
+
+def environment(root: Path = ROOT) -> None:
+    """Let the workflow's commands find this interpreter and this package from any working directory."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    known = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), known] if known else [str(root)])

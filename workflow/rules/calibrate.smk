@@ -1,0 +1,21 @@
+rule calibrate:
+    input:
+        config=ancient("<results>/config.json"),
+        weights=plan.weights(),
+        lq=expand(
+            "<results>/clips/{dataset}/LQ/{clip}",
+            dataset=plan.config.calibration.dataset,
+            clip=plan.clips(plan.config.calibration.dataset),
+        ),
+    output:
+        directory("<results>/calibration"),
+    log:
+        "<results>/logs/calibrate.log",
+    conda:
+        "../../environment.yml"
+    threads: plan.config.threads
+    params:
+        settings=plan.digest("backbone", "sampling", "calibration", "seed", "threads"),
+        code=code_digest("qvsr/stages/calibrate.py", "qvsr/data/clips.py", "qvsr/data/calibration.py", "qvsr/models/**/*.py"),
+    shell:
+        "python -m qvsr calibrate --config {input.config} --out {output} {input.lq} > {log} 2>&1"

@@ -1,0 +1,16 @@
+rule clips:
+    input:
+        config=ancient("<results>/config.json"),
+    output:
+        gt=directory("<results>/clips/{dataset}/GT/{clip}"),
+        lq=directory("<results>/clips/{dataset}/LQ/{clip}"),
+    log:
+        "<results>/logs/clips/{dataset}/{clip}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        settings=lambda wildcards: plan.digest(f"datasets.{wildcards.dataset}", "sampling.upscale"),
+        code=code_digest("qvsr/stages/clips.py", "qvsr/data/clips.py", "qvsr/data/datasets.py", "qvsr/data/degrade.py"),
+    shell:
+        "python -m qvsr clips --config {input.config} --dataset {wildcards.dataset} --clip {wildcards.clip}"
+        " --gt {output.gt} --lq {output.lq} > {log} 2>&1"

@@ -1,0 +1,19 @@
+rule measure:
+    input:
+        config=ancient("<results>/config.json"),
+        pred="<results>/restored/{dataset}/{method}-{bits}/{clip}",
+        gt="<results>/clips/{dataset}/GT/{clip}",
+        fp="<results>/restored/{dataset}/full_precision-W32A32/{clip}",
+    output:
+        "<results>/measured/{dataset}/{method}-{bits}/{clip}.jsonl",
+    log:
+        "<results>/logs/measure/{dataset}/{method}-{bits}/{clip}.log",
+    conda:
+        "../../environment.yml"
+    threads: plan.config.threads
+    params:
+        settings=plan.digest("metrics", "seed", "threads", "backbone.name"),
+        code=code_digest("qvsr/stages/measure.py", "qvsr/data/clips.py", "qvsr/results.py", "metrics/*.py"),
+    shell:
+        "python -m qvsr measure --config {input.config} --pred {input.pred} --gt {input.gt} --fp {input.fp}"
+        " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits} --out {output} > {log} 2>&1"

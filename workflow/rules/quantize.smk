@@ -1,0 +1,26 @@
+rule quantize:
+    input:
+        config=ancient("<results>/config.json"),
+        weights=plan.weights(),
+        calibration="<results>/calibration",
+    output:
+        "<results>/quantized/{method}-{bits}.safetensors",
+    log:
+        "<results>/logs/quantize/{method}-{bits}.log",
+    conda:
+        "../../environment.yml"
+    threads: plan.config.threads
+    params:
+        settings=lambda wildcards: plan.method_digest(wildcards.method),
+        code=code_digest(
+            "qvsr/stages/quantize.py",
+            "qvsr/quant/**/*.py",
+            "qvsr/quantvsr.py",
+            "qvsr/kernels/**/*.py",
+            "qvsr/data/calibration.py",
+            "qvsr/models/**/*.py",
+            "baselines/*.py",
+        ),
+    shell:
+        "python -m qvsr quantize --config {input.config} --method {wildcards.method} --bits {wildcards.bits}"
+        " --calibration {input.calibration} --out {output} > {log} 2>&1"

@@ -1,0 +1,21 @@
+rule restore:
+    input:
+        config=ancient("<results>/config.json"),
+        weights=plan.weights(),
+        checkpoint=lambda wildcards: plan.checkpoint(wildcards.method, wildcards.bits),
+        lq="<results>/clips/{dataset}/LQ/{clip}",
+    output:
+        directory("<results>/restored/{dataset}/{method}-{bits}/{clip}"),
+    log:
+        "<results>/logs/restore/{dataset}/{method}-{bits}/{clip}.log",
+    conda:
+        "../../environment.yml"
+    threads: plan.config.threads
+    params:
+        settings=plan.digest("backbone", "sampling", "seed", "threads"),
+        code=code_digest(
+            "qvsr/stages/restore.py", "qvsr/data/clips.py", "qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py"
+        ),
+    shell:
+        "python -m qvsr restore --config {input.config} --method {wildcards.method} --bits {wildcards.bits}"
+        " --checkpoint '{input.checkpoint}' --lq {input.lq} --out {output} > {log} 2>&1"
