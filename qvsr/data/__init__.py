@@ -1,0 +1,1 @@
+"""Clips on disk, the datasets they come from, and how low-quality frames are made."""

@@ -1,0 +1,1 @@
+"""Training of the small backbone: photographs, simulated motion, losses and the loop."""
