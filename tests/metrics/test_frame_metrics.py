@@ -1,0 +1,148 @@
+"""PSNR, SSIM and GMSD against scikit-image, torchmetrics and float64 numpy; what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import correlate
+from skimage.metrics import structural_similarity
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+import metrics  # noqa: F401 (fills the registry)
+from metrics._frames import MetricError
+from metrics.gmsd import gmsd
+from metrics.psnr import psnr
+from metrics.psnr_fp import psnr_fp
+from metrics.ssim import ssim
+from metrics.ssim_fp import ssim_fp
+from qvsr.registry import METRICS
+
+
+def clip_pair(frames: int = 3, height: int = 33, width: int = 42, seed: int = 0, noise: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two clips of 8-bit frames as floats: smooth structure, and the same with noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    base = [127 + 80 * np.sin(x / (3 + c) + t) * np.cos(y / (4 + c)) for t in range(frames) for c in range(3)]
+    target = np.clip(np.array(base).reshape(frames, 3, height, width) + rng.integers(-20, 20, (frames, 3, height, width)), 0, 255).round()
+    pred = np.clip(target + rng.integers(-noise, noise + 1, target.shape), 0, 255)
+    return tuple(torch.from_numpy(a / 255).float() for a in (pred, target))
+
+
+def test_psnr_is_the_formula_in_float64() -> None:
+    pred, target = clip_pair()
+    mse = ((pred.double() - target.double()) ** 2).flatten(1).mean(1).numpy()
+    np.testing.assert_allclose(psnr(pred, target).numpy(), -10 * np.log10(mse), rtol=1e-12)  # the same arithmetic
+    for t in range(len(pred)):
+        other = peak_signal_noise_ratio(pred[t], target[t], data_range=1.0).item()
+        assert psnr(pred, target)[t].item() == pytest.approx(other, rel=1e-6)  # float32 there
+
+
+def test_psnr_of_tiny_errors_is_not_capped() -> None:
+    target = torch.full((1, 3, 16, 16), 0.5)
+    pred = target.clone()
+    pred[0, 0, 0, 0] += 1 / 255
+    expected = 10 * math.log10(3 * 256 * 255**2)
+    assert psnr(pred, target).item() == pytest.approx(expected, rel=1e-5)  # 1/255 in float32
+    assert psnr(pred, target, eps=1e-8).item() < 76 < expected
+
+
+def test_ssim_agrees_with_scikit_image() -> None:
+    pred, target = clip_pair()
+    for t in range(len(pred)):
+        a, b = ((x[t].permute(1, 2, 0).double().numpy() * 255).round() for x in (pred, target))
+        other = structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2, K1=0.01, K2=0.03
+        )
+        assert ssim(pred, target)[t].item() == pytest.approx(other, abs=1e-6)  # truncated at 3.5 sigma by both, other sums
+
+
+def reference_gmsd(pred: np.ndarray, target: np.ndarray) -> float:
+    """From the paper's equations 1 to 5 in float64, with scipy's correlation."""
+    maps = []
+    for image in (pred, target):
+        luma = np.round(255 * np.tensordot([0.299, 0.587, 0.114], image, 1))
+        height, width = (size // 2 * 2 for size in luma.shape)
+        small = luma[:height, :width].reshape(height // 2, 2, width // 2, 2).mean((1, 3))
+        prewitt = np.array([[1, 0, -1]] * 3) / 3
+        maps.append(np.hypot(correlate(small, prewitt, mode="constant"), correlate(small, prewitt.T, mode="constant")))
+    similarity = (2 * maps[0] * maps[1] + 170) / (maps[0] ** 2 + maps[1] ** 2 + 170)
+    return float(similarity.std(ddof=1))
+
+
+def test_gmsd_is_the_paper_s_equations() -> None:
+    pred, target = clip_pair()
+    for t in range(len(pred)):
+        expected = reference_gmsd(pred[t].double().numpy(), target[t].double().numpy())
+        assert gmsd(pred, target)[t].item() == pytest.approx(expected, abs=2e-5)  # float32, lumas at a half may round the other way
+
+
+def test_luma_is_another_number() -> None:
+    pred, target = clip_pair()
+    assert not torch.allclose(ssim(pred, target), ssim(pred, target, colour="y"), atol=1e-4)
+    with pytest.raises(MetricError, match="ssim: no colour 'hsv'; known: rgb, y"):
+        ssim(pred, target, colour="hsv")
+
+
+def test_fidelity_is_the_same_measure_against_another_clip() -> None:
+    pred, target = clip_pair()
+    assert torch.equal(psnr_fp(pred, target), psnr(pred, target))
+    assert torch.equal(ssim_fp(pred, target), ssim(pred, target))
+    assert METRICS["psnr_fp"].facts["needs"] == "fp"
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), frames=st.integers(1, 3), height=st.integers(11, 24), width=st.integers(11, 24))
+def test_a_clip_with_itself_is_ideal(seed: int, frames: int, height: int, width: int) -> None:
+    clip = torch.rand((frames, 3, height, width), generator=torch.Generator().manual_seed(seed))
+    assert torch.isposinf(psnr(clip, clip)).all() and psnr(clip, clip).shape == (frames,)
+    torch.testing.assert_close(ssim(clip, clip), torch.ones(frames, dtype=torch.float64), atol=1e-12, rtol=0)  # float64 rounding
+    assert gmsd(clip, clip).max() < 1e-6  # a deviation of float32 ones
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_frame_does_not_depend_on_its_neighbours(seed: int) -> None:
+    pred, target = clip_pair(frames=4, seed=seed)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    for metric in (psnr, ssim, gmsd):
+        assert torch.equal(metric(pred, target)[order], metric(pred[order], target[order]))
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "gmsd", "psnr_fp", "ssim_fp"])
+def test_what_is_refused(name: str) -> None:
+    metric = METRICS[name]
+    good = torch.rand(5, 3, 64, 64)
+    with pytest.raises(MetricError, match=r"prediction is \(5, 3, 64, 64\), target \(5, 3, 64, 66\); check upscale and the clips, nothing is cropped"):
+        metric(good, torch.rand(5, 3, 64, 66))
+    broken = good.clone()
+    broken[3, 1, 5, 5] = math.nan
+    with pytest.raises(MetricError, match="prediction has NaN in frame 3"):
+        metric(broken, good)
+    with pytest.raises(MetricError, match="target has NaN in frame 3"):
+        metric(good, broken)
+    with pytest.raises(MetricError, match=r"prediction is in \[.*\] in frame 0; \[0, 1\] is needed"):
+        metric(good * 255, good)
+    with pytest.raises(MetricError, match="uint8; floating point"):
+        metric((good * 255).to(torch.uint8), (good * 255).to(torch.uint8))
+    with pytest.raises(MetricError, match="at least one frame"):
+        metric(good[:0], good[:0])
+
+
+def test_frames_smaller_than_the_window() -> None:
+    small = torch.rand(1, 3, 8, 40)
+    with pytest.raises(MetricError, match="ssim: frames are 8x40 with crop 0, the window needs 11x11 pixels"):
+        ssim(small, small)
+    with pytest.raises(MetricError, match="gmsd: frames are 3x40, at least 4x4 is needed"):
+        gmsd(small[:, :, :3], small[:, :, :3])
+
+
+def test_every_metric_states_its_facts() -> None:
+    for name in METRICS:
+        facts = METRICS[name].facts
+        assert set(facts) == {"unit", "higher_is_better", "needs", "frames", "digits"}, name
+        assert facts["needs"] in ("gt", "fp", "none") and facts["frames"] in ("each", "pairs"), name
