@@ -1,0 +1,431 @@
+"""The one quantized layer that every method fills in: Linear, Conv1d, Conv2d and Conv3d alike.
+
+    y = low_bit(T(x)) + L1 L2 x' + bias,     x' = x / smooth
+
+T divides the input by the smoothing scale, cuts its channels into parts, rotates each part and rounds it with its own activation
+quantizer (dynamic, or static with a table by timestep). The low-bit weight is the weight less L1 L2, transformed alike, with a scale
+and a zero point per output channel and part. The branch L1 L2 sees the unrotated, unrounded x' and runs as two thin layers.
+
+A layer is *open* while a method works on it: it holds the floating-point weight, and L1, L2 can be trained through the rounding
+(ranges stay as they were first measured, as published). `freeze` turns it into integers for good. Execution here is *simulated*:
+floating point on rounded values, the rounded weight kept beside its integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qvsr.quant import affine, low_rank
+from qvsr.quant.rotation import can_rotate, random_signs, rotation_from_signs
+
+KINDS: dict[type[nn.Module], str] = {nn.Linear: "Linear", nn.Conv1d: "Conv1d", nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d"}
+EXECUTIONS = ("simulated",)
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class QuantError(ValueError):
+    """A layer, setting or file that quantization cannot work with; the message names it."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a layer does apart from its numbers. `kernel` is empty for Linear."""
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels, *self.kernel)
+
+    @staticmethod
+    def of(module: nn.Module, name: str = "layer") -> Geometry:
+        """Geometry of a torch layer; refuses what the quantized layer does not do."""
+        kind = KINDS.get(type(module))
+        if kind is None:
+            raise QuantError(f"{name}: {type(module).__name__} cannot be quantized; {', '.join(KINDS.values())} can")
+        if isinstance(module, nn.Linear):
+            return Geometry(kind, module.in_features, module.out_features)
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            found = f"groups={module.groups}, padding={module.padding!r}, padding_mode={module.padding_mode!r}"
+            raise QuantError(f"{name}: {found} cannot be quantized; groups=1 with zero padding given as numbers can")
+        return Geometry(
+            kind, module.in_channels, module.out_channels, tuple(module.kernel_size), tuple(module.stride), tuple(module.padding), tuple(module.dilation)
+        )
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a method decides for one layer.
+
+    Attributes:
+        weight_bits, act_bits: 2 to 8.
+        parts: sizes of the parts that the input channels are cut into; empty: one part.
+        rotate: rotate each part whose size has a Hadamard matrix.
+        rank: of the low-rank branch; 0: no branch.
+        scale_floor: smallest scale of all quantizers of the layer.
+    """
+
+    weight_bits: int
+    act_bits: int
+    parts: tuple[int, ...] = ()
+    rotate: bool = False
+    rank: int = 0
+    scale_floor: float = affine.SCALE_FLOOR
+
+
+@dataclass
+class Timestep:
+    """The timestep of the network call in progress; shared by the layers of a network that have a table by timestep."""
+
+    value: int | None = field(default=None)
+
+
+def halves(channels: int) -> tuple[int, ...]:
+    """Two equal parts; one part where the number is odd.
+
+    >>> halves(64), halves(5)
+    ((32, 32), (5,))
+    """
+    return (channels,) if channels % 2 else (channels // 2, channels // 2)
+
+
+class QuantLayer(nn.Module):
+    """A quantized Linear, Conv1d, Conv2d or Conv3d; see the module's docstring. Built by :meth:`from_float` or :meth:`from_state`."""
+
+    def __init__(self, geometry: Geometry, plan: LayerPlan, name: str = "layer") -> None:
+        super().__init__()
+        self.geometry, self.name = geometry, name
+        self.parts = plan.parts or (geometry.in_channels,)
+        if sum(self.parts) != geometry.in_channels or min(self.parts) < 1:
+            raise QuantError(f"{name}: parts {self.parts} do not add up to its {geometry.in_channels} input channels")
+        for bits in (plan.weight_bits, plan.act_bits):
+            affine.levels(bits)
+        self.weight_bits, self.act_bits, self.rank, self.scale_floor = plan.weight_bits, plan.act_bits, plan.rank, plan.scale_floor
+        self.rotated: tuple[bool, ...] = tuple(plan.rotate and can_rotate(size) for size in self.parts)
+        self.execution = "simulated"
+        self.timestep = Timestep()
+        self.act_timesteps: tuple[int, ...] = ()
+        self._cache: tuple[Any, list[Tensor]] | None = None
+        self.up: nn.Parameter | None = None
+        self.down: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        self.correction: nn.Parameter | None = None
+        for buffer in ("weight", "weight_q", "weight_scale", "weight_zero_point", "smooth", "signs", "act_scale", "act_zero_point"):
+            self.register_buffer(buffer, None)
+        for part in range(len(self.parts)):
+            self.register_buffer(f"rotation_{part}", None, persistent=False)
+        self.stored_rotation = False
+
+    weight: Tensor | None
+    weight_q: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    smooth: Tensor | None
+    signs: Tensor | None
+    act_scale: Tensor | None
+    act_zero_point: Tensor | None
+
+    # ---------------------------------------------------------------- construction
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        plan: LayerPlan,
+        name: str = "layer",
+        seed: int = 0,
+        rotations: Sequence[Tensor] | None = None,
+        smooth: Tensor | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
+    ) -> QuantLayer:
+        """An open layer with dynamic activation ranges; the branch starts from the SVD and the weight ranges from the residual.
+
+        Args:
+            module: Linear, Conv1d, Conv2d or Conv3d with groups=1 and zero padding; its weight is shared, not copied.
+            seed: of the rotations' signs, drawn per layer name and part.
+            rotations: orthogonal matrices to use instead, one a part (an official checkpoint stores them).
+            smooth: ``(K,)``, the input is divided and the weight multiplied by it.
+            branch: L1 ``(N, R)`` and L2 ``(R, K, *kernel)`` to start from instead of the SVD.
+        """
+        layer = cls(Geometry.of(module, name), plan, name)
+        weight = module.weight.detach()  # type: ignore[operator,union-attr]
+        if smooth is not None:
+            layer.smooth = smooth.detach().to(weight)
+            weight = weight * layer._along_inputs(layer.smooth)  # type: ignore[assignment]
+        layer.weight = weight  # type: ignore[assignment]
+        if isinstance(module.bias, Tensor):
+            layer.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        if rotations is not None:
+            layer._store_rotations(list(rotations))
+        elif any(layer.rotated):
+            layer._draw_rotations([random_signs(size, seed, f"{name}/{part}") for part, size in enumerate(layer.parts)])
+        if plan.rank:
+            try:
+                up, down = branch if branch is not None else low_rank.svd_init(layer.weight, plan.rank)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise QuantError(f"{name}: {error}") from None
+            layer.up, layer.down = nn.Parameter(up.clone(), requires_grad=False), nn.Parameter(down.clone(), requires_grad=False)
+        with torch.no_grad():
+            layer.set_weight_ranges([affine.channel_range(part) for part in layer._residual().split(layer.parts, 1)])
+        return layer.to(weight.device)
+
+    def set_weight_ranges(self, ranges: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Scales and zero points from the minimum and maximum of each output channel, one pair of ``(N, 1, …)`` a part."""
+        pairs = [affine.qparams(low.reshape(-1), high.reshape(-1), self.weight_bits, self.scale_floor) for low, high in ranges]
+        self.weight_scale = torch.stack([scale for scale, _ in pairs], 1)
+        self.weight_zero_point = torch.stack([zero for _, zero in pairs], 1)
+        self._cache = None
+
+    def set_static_activations(self, low: Tensor, high: Tensor, timesteps: Sequence[int] = ()) -> None:
+        """Fixed activation ranges instead of dynamic ones.
+
+        Args:
+            low, high: ``(S, P)`` for S rows of a table and P parts.
+            timesteps: S upper bounds in rising order; a call at timestep t uses the first row whose bound is at least t, the last
+                row beyond. Empty for a single row.
+        """
+        if low.shape != (max(1, len(timesteps)), len(self.parts)) or list(timesteps) != sorted(set(timesteps)):
+            raise QuantError(f"{self.name}: a table {tuple(low.shape)} does not fit {len(self.parts)} parts and rising timesteps {list(timesteps)}")
+        self.act_scale, self.act_zero_point = affine.qparams(low, high, self.act_bits, self.scale_floor)
+        self.act_timesteps = tuple(timesteps)
+
+    def _draw_rotations(self, signs: list[Tensor]) -> None:
+        self.signs = torch.cat(signs)
+        for part, sign in enumerate(signs):
+            if self.rotated[part]:
+                dtype = self.weight.dtype if self.weight is not None else torch.float32
+                setattr(self, f"rotation_{part}", rotation_from_signs(sign, dtype))
+
+    def _store_rotations(self, matrices: list[Tensor]) -> None:
+        shapes = [tuple(matrix.shape) for matrix in matrices]
+        if shapes != [(size, size) for size in self.parts]:
+            raise QuantError(f"{self.name}: rotations {shapes} do not fit parts {self.parts}")
+        self.rotated, self.stored_rotation = (True,) * len(matrices), True
+        for part, matrix in enumerate(matrices):
+            setattr(self, f"rotation_{part}", matrix.detach().clone())
+
+    # ---------------------------------------------------------------- execution
+
+    @property
+    def is_linear(self) -> bool:
+        return self.geometry.kind == "Linear"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the floating-point weight is still there."""
+        return self.weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(…, K)`` to ``(…, N)`` for Linear; maps ``(B, K, …)`` to ``(B, N, …)`` for convolutions."""
+        if self.smooth is not None:
+            x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
+        return self._linear(x) if self.is_linear else self._convolution(x)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.geometry.in_channels)
+        inputs, weights, bias = self.quantized_inputs(rows), self.quantized_weights(), self._total_bias()
+        y = F.linear(inputs[0], weights[0], bias)
+        for part, weight in zip(inputs[1:], weights[1:], strict=True):
+            y.addmm_(part, weight.T)
+        if self.up is not None and self.down is not None:
+            y.addmm_(rows @ self.down.T, self.up.T)
+        return y.view(*x.shape[:-1], self.geometry.out_channels)
+
+    def _convolution(self, x: Tensor) -> Tensor:
+        geometry, inputs, weights = self.geometry, self.quantized_inputs(x), self.quantized_weights()
+        convolve = _CONV[len(geometry.kernel)]
+        how = (geometry.stride, geometry.padding, geometry.dilation)
+        # the zeros of the padding are added after rounding: they stay exactly 0, whatever the zero point
+        y = convolve(inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1), weights[0] if len(weights) == 1 else torch.cat(weights, 1), self._total_bias(), *how)
+        if self.up is None or self.down is None:
+            return y
+        thin = convolve(x, self.down, None, *how).flatten(2)
+        if torch.is_grad_enabled() or not y.is_contiguous():
+            return y + torch.matmul(self.up, thin).view(y.shape)
+        y.view(*thin.shape[:1], geometry.out_channels, -1).baddbmm_(self.up.expand(thin.shape[0], -1, -1), thin)
+        return y
+
+    def quantized_inputs(self, x: Tensor) -> list[Tensor]:
+        """The rotated and rounded parts of a (smoothed) input, in floating point: channels last for Linear, on axis 1 for convolutions."""
+        pieces = x.split(self.parts, -1 if self.is_linear else 1)
+        return [self._round_input(self._rotate_input(piece, part), part, own=self.rotated[part]) for part, piece in enumerate(pieces)]
+
+    def quantized_weights(self) -> list[Tensor]:
+        """The rounded weight in floating point: a tensor a part for Linear, one tensor for convolutions.
+
+        An open layer computes it anew where L1, L2 are trained; else it is computed once.
+        """
+        trained = self.is_open and torch.is_grad_enabled() and self.up is not None and self.up.requires_grad
+        if not trained:
+            key = (self.up._version, self.down._version) if self.up is not None and self.down is not None else None
+            if self._cache is not None and self._cache[0] == key:
+                return self._cache[1]
+        scale, zero_point = self._along_weight(self.weight_scale), self._along_weight(self.weight_zero_point)
+        if self.is_open:
+            values = affine.fake_quantize(self._residual(), scale, zero_point, self.weight_bits)
+        else:
+            assert self.weight_q is not None
+            values = affine.dequantize(self.weight_q, scale, zero_point)
+        weights = list(values.split(self.parts, 1)) if self.is_linear else [values]
+        if not trained:
+            weights = [part.detach().contiguous() for part in weights]
+            self._cache = (key, weights)
+        return weights
+
+    def integers(self) -> Tensor:
+        """The integer weight ``(N, K, *kernel)``, uint8."""
+        if self.weight_q is not None:
+            return self.weight_q
+        with torch.no_grad():
+            return affine.quantize(self._residual(), self._along_weight(self.weight_scale), self._along_weight(self.weight_zero_point), self.weight_bits)
+
+    def input_parts(self, x: Tensor) -> list[Tensor]:
+        """The smoothed and rotated parts of an input before rounding: what an activation range is measured on."""
+        if self.smooth is not None:
+            x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
+        return [self._rotate_input(piece, part) for part, piece in enumerate(x.split(self.parts, -1 if self.is_linear else 1))]
+
+    def freeze(self) -> None:
+        """Integers for good: the floating-point weight is dropped. L1, L2 keep their values and are no longer trained."""
+        self.weight_q = self.integers()
+        self.weight = None
+        self._cache = None
+        for parameter in (self.up, self.down):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def fold_correction(self) -> None:
+        """Add the learned correction to the bias; costs nothing at run time."""
+        if self.correction is not None:
+            self.bias = nn.Parameter(self._total_bias().detach().clone(), requires_grad=False)  # type: ignore[union-attr]
+            self.correction = None
+
+    def _rotate_input(self, piece: Tensor, part: int) -> Tensor:
+        if not self.rotated[part]:
+            return piece
+        matrix = getattr(self, f"rotation_{part}")
+        return piece @ matrix if self.is_linear else torch.matmul(matrix, piece.flatten(2)).view(piece.shape)
+
+    def _round_input(self, piece: Tensor, part: int, own: bool) -> Tensor:
+        scale, zero_point = self._act_qparams(piece, part)
+        if torch.is_grad_enabled():
+            return affine.fake_quantize(piece, scale, zero_point, self.act_bits)
+        return affine.round_to_grid(piece, scale, zero_point, self.act_bits, overwrite=own)
+
+    def _act_qparams(self, piece: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        if self.act_scale is None or self.act_zero_point is None:
+            return affine.qparams(*affine.tensor_range(piece.detach()), self.act_bits, self.scale_floor)
+        row = 0
+        if len(self.act_timesteps) > 1:
+            now = self.timestep.value
+            if now is None:
+                raise QuantError(f"{self.name}: its activation ranges depend on the timestep, and none was set (qvsr.quant.apply.follow_timesteps)")
+            row = next((index for index, bound in enumerate(self.act_timesteps) if now <= bound), len(self.act_timesteps) - 1)
+        return self.act_scale[row, part], self.act_zero_point[row, part]
+
+    def _residual(self) -> Tensor:
+        """Rotated weight less the rotated branch: ``R(W) - L1 R(L2)``, the same as rotating the difference and much cheaper to train."""
+        assert self.weight is not None
+        rotated = self._rotate_weight(self.weight)
+        if self.up is None or self.down is None:
+            return rotated
+        return rotated - low_rank.product(self.up, self._rotate_weight(self.down))
+
+    def _rotate_weight(self, weight: Tensor) -> Tensor:
+        if not any(self.rotated):
+            return weight
+        pieces = []
+        for part, piece in enumerate(weight.split(self.parts, 1)):
+            if not self.rotated[part]:
+                pieces.append(piece)
+                continue
+            matrix = getattr(self, f"rotation_{part}")
+            pieces.append(piece @ matrix if self.is_linear else torch.matmul(matrix, piece.flatten(2)).view(piece.shape))
+        return torch.cat(pieces, 1)
+
+    def _total_bias(self) -> Tensor | None:
+        if self.correction is None:
+            return self.bias
+        return self.correction if self.bias is None else self.bias + self.correction
+
+    def _along_inputs(self, values: Tensor) -> Tensor:
+        """``(K,)`` shaped to broadcast over a weight or a batch of maps."""
+        return values.view(1, -1, *(1,) * len(self.geometry.kernel))
+
+    def _along_weight(self, values: Tensor) -> Tensor:
+        """``(N, P)`` repeated over the channels of each part: ``(N, K, 1, …)``."""
+        sizes = torch.tensor(self.parts, device=values.device)
+        spread = values.repeat_interleave(sizes, 1) if len(self.parts) > 1 else values
+        return spread.view(*spread.shape, *(1,) * len(self.geometry.kernel))
+
+    # ---------------------------------------------------------------- facts and storage
+
+    def describe(self) -> dict[str, Any]:
+        """All that is needed beside :meth:`state` to build the frozen layer again, and what a report wants to know; plain values."""
+        return {
+            "kind": self.geometry.kind,
+            "shape": list(self.geometry.weight_shape),
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+            "parts": list(self.parts),
+            "rotated": list(self.rotated),
+            "rank": self.rank,
+            "scale_floor": self.scale_floor,
+            "activations": "dynamic" if self.act_scale is None else "static",
+            "act_timesteps": list(self.act_timesteps),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of the layer by role; the weight as integers, not packed. A rotation is its signs, or a matrix if it was given."""
+        roles: dict[str, Tensor | None] = {
+            "weight": self.integers(),
+            "scale": self.weight_scale,
+            "zero_point": self.weight_zero_point,
+            "up": self.up,
+            "down": self.down,
+            "bias": self._total_bias(),
+            "smooth": self.smooth,
+            "signs": self.signs,
+            "act_scale": self.act_scale,
+            "act_zero_point": self.act_zero_point,
+        }
+        if self.stored_rotation:
+            roles |= {f"rotation.{part}": getattr(self, f"rotation_{part}") for part in range(len(self.parts))}
+        return {role: tensor.detach() for role, tensor in roles.items() if tensor is not None}
+
+    @classmethod
+    def from_state(cls, geometry: Geometry, facts: dict[str, Any], state: dict[str, Tensor], name: str = "layer") -> QuantLayer:
+        """The frozen layer that :meth:`describe` and :meth:`state` tell of."""
+        if tuple(facts["shape"]) != geometry.weight_shape or facts["kind"] != geometry.kind:
+            raise QuantError(f"{name}: stored as {facts['kind']} {tuple(facts['shape'])}, the network has {geometry.kind} {geometry.weight_shape}")
+        plan = LayerPlan(facts["weight_bits"], facts["act_bits"], tuple(facts["parts"]), any(facts["rotated"]), facts["rank"], facts["scale_floor"])
+        layer = cls(geometry, plan, name)
+        layer.weight_q, layer.weight_scale, layer.weight_zero_point = state["weight"].view(geometry.weight_shape), state["scale"], state["zero_point"]
+        layer.smooth, layer.act_scale, layer.act_zero_point = state.get("smooth"), state.get("act_scale"), state.get("act_zero_point")
+        layer.act_timesteps = tuple(facts["act_timesteps"])
+        for role in ("up", "down", "bias"):
+            if role in state:
+                setattr(layer, role, nn.Parameter(state[role], requires_grad=False))
+        if "signs" in state:
+            layer._draw_rotations(list(state["signs"].split(layer.parts)))
+        elif "rotation.0" in state:
+            layer._store_rotations([state[f"rotation.{part}"] for part in range(len(layer.parts))])
+        return layer
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.geometry.weight_shape))
+        return f"{self.geometry.kind} {shape}, W{self.weight_bits}A{self.act_bits}, parts={self.parts}, rank={self.rank}, rotated={any(self.rotated)}"
