@@ -94,12 +94,14 @@ class BackboneSettings(Settings):
     name: str = "mgld"
     weights: Path | None = Field(None, description="safetensors with the official key names of all networks but the video autoencoder")
     vae_weights: Path | None = Field(None, description="safetensors of the video autoencoder, official key names")
+    flow_weights: Path | None = Field(None, description="safetensors or pth of RAFT (large); needed by sampling.flow raft only")
     unet: UNetSettings = UNetSettings()
     structure: StructureSettings = StructureSettings()
     first_stage: AutoencoderSettings = AutoencoderSettings()
     vae: AutoencoderSettings = AutoencoderSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     scale_factor: float = Field(0.18215, description="latents are multiplied by this before diffusion")
+    share_encoder: bool = Field(False, description="the video autoencoder's encoder also makes the latents; no first-stage weights then")
     concat_lq: bool = Field(False, description="hybrid conditioning: the LQ latent is concatenated to the U-Net's input")
     context_tokens: int = Field(77, description="tokens of the constant text context")
 
@@ -114,6 +116,8 @@ class BackboneSettings(Settings):
             )
         if self.structure.out_channels != self.unet.semb_channels:
             raise ValueError(f"structure.out_channels {self.structure.out_channels} is not unet.semb_channels {self.unet.semb_channels}")
+        if self.share_encoder and self.first_stage != self.vae:
+            raise ValueError("share_encoder needs first_stage and vae of one configuration")
         if self.first_stage.factor != self.vae.factor:
             raise ValueError(f"first_stage reduces by {self.first_stage.factor}, vae by {self.vae.factor}: they must agree")
         return self
@@ -229,6 +233,33 @@ class MethodSettings(Settings):
     quantvsr: QuantVSRSettings = QuantVSRSettings()
 
 
+class TrainingStage(Settings):
+    """One stage of training the small model."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1, description="clips a step")
+    learning_rate: float = Field(1e-3, gt=0)
+    ema: float = Field(0.999, gt=0, lt=1)
+    log_every: int = Field(50, ge=1)
+    save_every: int = Field(500, ge=1)
+
+
+class TrainingSettings(Settings):
+    """How ``snakemake mini_weights`` trains the small model; the committed weights were made with config/default.yaml's values."""
+
+    photographs: Path | None = Field(None, description="folder of photographs of one's own; default: collected from Debian's background packages")
+    clips: int = Field(24000, ge=1, description="clips of simulated motion made from the photographs")
+    held_out: int = Field(64, ge=1, description="clips from photographs that are not trained on, for validation")
+    size: int = Field(128, description="side of a training clip in pixels")
+    degradation: DegradationSettings = DegradationSettings()
+    seed: int = 7
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    compile: bool = Field(False, description="torch.compile the networks; pays on a GPU")
+    autoencoder: TrainingStage = TrainingStage(steps=4000, batch=16)
+    diffusion: TrainingStage = TrainingStage(steps=12000, batch=48)
+    decoder: TrainingStage = TrainingStage(steps=3000, batch=16, learning_rate=4e-4)
+
+
 class Config(Settings):
     """One run of the workflow."""
 
@@ -242,7 +273,9 @@ class Config(Settings):
     bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4")
     method: MethodSettings = MethodSettings()
     metrics: tuple[str, ...] = ("psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp")
+    protocol: str = Field("strict-v1", description="how metrics are computed: a file of config/protocols, by name")
     picture: tuple[str, str] | None = Field(None, description="dataset and clip shown in the comparison picture; default: the first")
+    training: TrainingSettings = TrainingSettings()
     seed: int = 42
     threads: int = Field(1, ge=1, description="torch threads of one job; fixed, since sums depend on it")
 
@@ -250,7 +283,7 @@ class Config(Settings):
     @classmethod
     def _bits_known(cls, bits: tuple[str, ...]) -> tuple[str, ...]:
         for one in bits:
-            if not BITS.match(one):
+            if not BITS.match(one) or "32" in one:
                 raise ValueError(f"bits {one!r} is not WxAy with x and y from 2 to 8, such as W4A4")
         return bits
 
@@ -337,7 +370,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     Raises:
         ConfigError: the file is missing or a setting cannot work; one line that names file and key.
     """
-    data = merge(_read(Path(path)), overrides or {})
+    data = merge(read(Path(path)), overrides or {})
     return validate(data, str(path))
 
 
@@ -349,7 +382,8 @@ def validate(data: Mapping[str, Any], source: str) -> Config:
         raise ConfigError(describe(error, source)) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Plain values of a settings file, its `extends` chain merged; nothing is validated yet."""
     if not path.is_file():
         raise ConfigError(f"no configuration {path}; try config/default.yaml")
     try:
@@ -359,7 +393,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping of settings is expected, found {type(data).__name__}")
     parent = data.pop("extends", None)
-    return merge(_read(path.parent / parent), data) if parent else data
+    return merge(read(path.parent / parent), data) if parent else data
 
 
 def schema() -> str:

@@ -1,0 +1,276 @@
+"""Result rows: one JSON line for each clip and metric; writing, reading, and the mean over clips with its interval.
+
+Infinite values (PSNR of identical frames) are kept, never replaced by a large number: JSON holds the string "inf", a mean
+that contains one is inf, and it has no interval. NaN is refused when a row is made, so no mean can hide one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
+
+from qvsr.config import Settings
+from qvsr.protocols import Protocol
+from qvsr.provenance import atomic_path
+from qvsr.registry import METRICS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEVEL = 0.95  # of the intervals
+
+
+class ResultError(ValueError):
+    """Rows that cannot be read, or that must not be averaged."""
+
+
+def _from_json(value: Any) -> Any:
+    return {"inf": math.inf, "-inf": -math.inf}.get(value, value) if isinstance(value, str) else value
+
+
+def _to_json(value: float) -> float | str:
+    return str(value) if math.isinf(value) else value
+
+
+Value = Annotated[float, BeforeValidator(_from_json), PlainSerializer(_to_json, when_used="json")]
+
+
+class Context(Settings):
+    """What a clip's measurements have in common."""
+
+    backbone: str
+    method: str
+    bits: str
+    execution: str = Field("simulated", description="simulated (floating point on rounded values) or packed (integers)")
+    seed: int
+    dataset: str
+    clip: str
+    limit: int | None = Field(None, description="set when only the first clips of the data set are used")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="code digest, versions, device")
+
+
+class Row(Context):
+    """The value of one metric for one clip: the mean over its frames (or pairs of frames).
+
+    >>> row = Row(backbone="mgld-mini", method="maxmin", bits="W4A4", seed=42, dataset="real", clip="bikes", metric="psnr",
+    ...           value=float("inf"), frames=10, signature="psnr|strict-v1")
+    >>> Row.parse(row.line()) == row, '"value": "inf"' in row.line()
+    (True, True)
+    """
+
+    metric: str
+    value: Value = Field(description="mean of per_frame")
+    per_frame: tuple[Value, ...] = Field((), description="one value a frame, or a pair of frames; empty when the source keeps none")
+    frames: int = Field(ge=1, description="frames of the clip")
+    signature: str
+
+    @field_validator("value", "per_frame")
+    @classmethod
+    def _no_nan(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if any(math.isnan(v) for v in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("NaN is no result")
+        return value
+
+    @model_validator(mode="after")
+    def _value_is_the_mean(self) -> Row:
+        if self.per_frame and not math.isclose(self.value, mean(self.per_frame), rel_tol=1e-9):
+            raise ValueError(f"value {self.value} is not the mean of per_frame, {mean(self.per_frame)}")
+        return self
+
+    def line(self) -> str:
+        """The row as one line of JSON, keys sorted, without a line break."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def parse(cls, line: str) -> Row:
+        """Inverse of :meth:`line`; raises ValueError with the reason."""
+        return cls.model_validate(json.loads(line))
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean, the same in any order of the values; inf if one is.
+
+    >>> mean([1e16, 1.0, -1e16]), mean([30.0, math.inf])
+    (0.3333333333333333, inf)
+    """
+    return math.fsum(values) / len(values)
+
+
+def measure_clip(
+    pred_TCHW: Tensor, gt_TCHW: Tensor | None, fp_TCHW: Tensor | None, metrics: Sequence[str], context: Context, protocol: Protocol
+) -> list[Row]:
+    """All metrics of one restored clip, in the given order.
+
+    The metrics must be registered (import the package `metrics` first).
+
+    Args:
+        pred_TCHW: restored frames as saved, RGB in [0, 1].
+        gt_TCHW: ground truth; None if no metric needs it.
+        fp_TCHW: what full precision restored from the same input and noise; None if no metric needs it.
+        metrics: names.
+        context: identity of the clip and of what restored it.
+        protocol: fixes the options of each metric.
+    Raises:
+        ResultError: a metric needs frames that are not given, or gives NaN.
+        ValueError: what a metric refuses, with the clip's name in front.
+    """
+    rows = []
+    for name in metrics:
+        metric = METRICS[name]
+        options = protocol.options(metric)
+        protocol.check_installed(name)
+        needs = metric.facts["needs"]
+        reference = {"gt": gt_TCHW, "fp": fp_TCHW, "none": None}[needs]
+        if needs != "none" and reference is None:
+            what = "the ground truth" if needs == "gt" else "the full-precision output"
+            raise ResultError(f"{context.dataset}/{context.clip}: {name} needs {what}, which is not given; leave {name} out of metrics or give it")
+        try:
+            values = metric(pred_TCHW, **options) if needs == "none" else metric(pred_TCHW, reference, **options)
+        except ValueError as error:
+            raise type(error)(f"{context.dataset}/{context.clip}, {context.method} {context.bits}: {error}") from error
+        per_frame = tuple(float(v) for v in values)
+        if any(math.isnan(v) for v in per_frame):
+            raise ResultError(f"{context.dataset}/{context.clip}, {context.method} {context.bits}: {name} is NaN; such a clip has no value")
+        rows.append(
+            Row(
+                **context.model_dump(),
+                metric=name,
+                value=mean(per_frame),
+                per_frame=per_frame,
+                frames=pred_TCHW.shape[0],
+                signature=protocol.signature(name),
+            )
+        )
+    return rows
+
+
+def write(path: str | Path, rows: Iterable[Row]) -> None:
+    """A file of JSON lines that appears whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text("".join(row.line() + "\n" for row in rows))
+
+
+def append(path: str | Path, rows: Iterable[Row]) -> None:
+    """Add lines to a file (made if missing). The whole file is replaced, so a killed process leaves no half line."""
+    path = Path(path)
+    write(path, [*(read(path) if path.exists() else []), *rows])
+
+
+def read(*paths: str | Path) -> list[Row]:
+    """Rows of JSON-lines files, in order.
+
+    Raises:
+        ResultError: a missing or empty file or a damaged line; file, line number and reason in one line.
+    """
+    rows = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ResultError(f"{path}: no such file; the measure stage writes it")
+        lines = path.read_text().splitlines()
+        if not lines:
+            raise ResultError(f"{path}: empty; delete it and measure again")
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(Row.parse(line))
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                reason = f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+                raise ResultError(f"{path}, line {number}: not a result row: {reason}; delete the file and measure again") from None
+            except ValueError as error:
+                raise ResultError(f"{path}, line {number}: not JSON ({error}); delete the file and measure again") from None
+    return rows
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A metric of a method over the clips of a data set."""
+
+    backbone: str
+    dataset: str
+    method: str
+    bits: str
+    execution: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    clips: int
+    frames: int
+    signature: str
+    limit: int | None
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % Student-t interval of the mean over clips (frames of a clip are not independent, clips are taken to be).
+
+    Returns:
+        (low, high), or (None, None) for fewer than two values or an infinite one.
+
+    >>> [round(bound, 4) for bound in interval([1.0, 2.0, 3.0])]  # 2 -+ 4.3027 / sqrt(3)
+    [-0.4841, 4.4841]
+    """
+    n = len(values)
+    if n < 2 or not all(math.isfinite(v) for v in values):
+        return None, None
+    from scipy.stats import t  # 0.5 s to import
+
+    center = mean(values)
+    variance = math.fsum((v - center) ** 2 for v in values) / (n - 1)
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * math.sqrt(variance / n)
+    return center - half, center + half
+
+
+def aggregate(rows: Iterable[Row]) -> list[Summary]:
+    """Mean over clips of each (backbone, data set, method, bits, execution, metric), sorted; the order of the rows does not matter.
+
+    Nothing is dropped: every method must have every clip.
+
+    Raises:
+        ResultError: no rows; a clip twice; a clip that one method has and another lacks; rows of several seeds, signatures,
+            limits or lengths of a clip under one mean.
+    """
+    groups: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    clips: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for row in rows:
+        key = (row.backbone, row.dataset, row.method, row.bits, row.execution, row.metric)
+        if row.clip in groups[key]:
+            raise ResultError(f"{describe(key)}: clip {row.clip} is there twice; one file a clip and method, delete the other")
+        groups[key][row.clip] = row
+        frames = clips[row.backbone, row.dataset].setdefault(row.clip, row.frames)
+        if frames != row.frames:
+            raise ResultError(f"{describe(key)}: clip {row.clip} has {row.frames} frames, elsewhere {frames}; restore and measure it again")
+    if not groups:
+        raise ResultError("no result rows; measure something first")
+    return sorted((_summary(key, by_clip, clips[key[0], key[1]]) for key, by_clip in groups.items()), key=lambda s: key_of(s))
+
+
+def key_of(summary: Summary) -> tuple[str, ...]:
+    """What identifies a summary."""
+    return (summary.backbone, summary.dataset, summary.method, summary.bits, summary.execution, summary.metric)
+
+
+def describe(key: Sequence[str]) -> str:
+    backbone, dataset, method, bits, execution, metric = key
+    return f"{dataset}, {method} {bits} ({backbone}, {execution}), {metric}"
+
+
+def _summary(key: tuple[str, ...], by_clip: dict[str, Row], expected: dict[str, int]) -> Summary:
+    missing = sorted(set(expected) - set(by_clip))
+    if missing:
+        raise ResultError(f"{describe(key)}: no value for clip {', '.join(missing)}, which others have; nothing is left out of a mean, measure it")
+    for what in ("signature", "seed", "limit"):
+        found = sorted({str(getattr(row, what)) for row in by_clip.values()})
+        if len(found) > 1:
+            raise ResultError(f"{describe(key)}: rows of more than one {what}: {found[0]} and {found[1]}; they have no common mean")
+    rows = [by_clip[clip] for clip in sorted(by_clip)]
+    values = [row.value for row in rows]
+    low, high = interval(values)
+    return Summary(*key, mean(values), low, high, len(rows), sum(row.frames for row in rows), rows[0].signature, rows[0].limit)
