@@ -110,6 +110,11 @@ class Plan:
     def digest(self, *keys: str) -> str:
         return settings_digest(self.config, *keys)
 
+    def method_digest(self, method: str) -> str:
+        """Digest of the settings that quantizing with one method reads; another method's do not count."""
+        own = [f"method.{method}"] if method in type(self.config.method).model_fields else []
+        return self.digest(*own, "method.exclude", "backbone", "seed", "threads")
+
     def weights(self) -> list[str]:
         """Weight files of the backbone that the stages read."""
         return [str(path) for path in (self.config.backbone.weights, self.config.backbone.vae_weights) if path is not None]

@@ -1,0 +1,71 @@
+"""LQ frames of one clip to frames of four times the size, by the network as it is, quantized, or by no network at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qvsr.config import Config
+from qvsr.data import clips
+from qvsr.plan import UNQUANTIZED
+from qvsr.progress import progress
+from qvsr.provenance import atomic_path
+
+
+class RestoreStageError(ValueError):
+    """What was asked for does not fit together; the message says what would."""
+
+
+def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Path, out: Path) -> None:
+    """Restore one clip.
+
+    Args:
+        method: a method's name; ``full_precision`` and ``bicubic`` need no checkpoint.
+        bits: such as W4A4; must be those of the checkpoint.
+        checkpoint: quantized U-Net written by the quantize stage.
+        lq: clip folder of LQ frames.
+        out: clip folder to write.
+    """
+    import torch
+
+    from qvsr.models.checkpoints import load_backbone
+    from qvsr.models.flow import estimator
+    from qvsr.models.noise import KeyedNoise
+    from qvsr.models.pipeline import bicubic_upscale, restore_segments, to_uint8
+
+    if (checkpoint is None) != (method in UNQUANTIZED):
+        needs = "no checkpoint" if method in UNQUANTIZED else "--checkpoint, the file that quantize wrote"
+        raise RestoreStageError(f"method {method} needs {needs}")
+    source = clips.read_clip(lq)
+    name = clip_name(lq)
+    frames_TCHW = clips.read_frames_TCHW(lq)
+    if method == "bicubic":
+        pieces = [bicubic_upscale(frames_TCHW, config.sampling.upscale)]
+    else:
+        backbone = load_backbone(config.backbone)
+        if checkpoint is not None:
+            from qvsr.quant import checkpoint as quantized
+
+            header = quantized.read_header(checkpoint)
+            if (header["method"], header["bits"]) != (method, bits):
+                raise RestoreStageError(f"{checkpoint} is {header['method']} {header['bits']}, not {method} {bits}")
+            backbone = replace(backbone, unet=quantized.load(checkpoint, backbone.unet))
+        guided = config.sampling.guidance_scale != 0
+        flow = estimator(config.sampling.flow if guided else "none", config.backbone.flow_weights)
+        with progress(f"restore {name} {method} {bits}") as report:
+            pieces = list(
+                restore_segments(backbone, frames_TCHW, config.sampling, KeyedNoise(config.seed, name), flow, progress=report, clip=name)
+            )
+    frames_THWC = torch.cat([to_uint8(piece, config.sampling.rounding) for piece in pieces]).numpy()
+    with atomic_path(out) as partial:
+        clips.write_clip(partial, frames_THWC, {"source": name, "fps": source.info["fps"], "method": method, "bits": bits})
+
+
+def clip_name(folder: Path) -> str:
+    """``dataset/clip`` of a clip folder ``…/dataset/LQ/clip``: what its noise is keyed by.
+
+    >>> clip_name(Path("results/clips/real/LQ/bikes"))
+    'real/bikes'
+    """
+    folder = folder.absolute()
+    return f"{folder.parent.parent.name}/{folder.name}"
