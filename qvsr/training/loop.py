@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,18 +17,11 @@ from torch import Tensor, nn
 from qvsr.config import TrainingStage
 from qvsr.provenance import atomic_path
 
-Loss = Callable[[torch.Generator, int], tuple[Tensor, dict[str, float]]]
+Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 
 class OutOfTime(Exception):
     """The time given is over; the checkpoint holds the state and the same call goes on."""
-
-
-@contextmanager
-def half_precision(device: torch.device) -> Iterator[None]:
-    """bfloat16 where it pays: half the memory traffic, no loss scaling needed."""
-    with torch.autocast(device.type, torch.bfloat16):
-        yield
 
 
 class Average:
@@ -54,7 +47,7 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
 
     Args:
         module: holds the parameters; modified in place.
-        loss: maps (generator, step) to a scalar and what to log beside it.
+        loss: maps a generator to a scalar and to what is logged beside it.
         folder: holds ``{name}.state.safetensors`` while training and after it.
         deadline: monotonic time at which to save and raise.
     Raises:
@@ -67,13 +60,16 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
     average = Average(module, stage.ema)
     state_file = folder / f"{name}.state.safetensors"
     step = _restore(state_file, trained, optimizer, average) if state_file.is_file() else 0
+    curve = folder / f"{name}.csv"
+    _cut(curve, step)
     generator = torch.Generator(device=device)
-    started, first, running = time.monotonic(), step, 0.0
+    started, first = time.monotonic(), step
     while step < stage.steps:
+        rate = learning_rate(step, stage)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage)
-        generator.manual_seed(seed * 1_000_003 + sum(map(ord, name)) * 10_007 * stage.steps + step)
-        value, facts = loss(generator, step)
+            group["lr"] = rate
+        generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()[:7], "little"))
+        value, facts = loss(generator)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -81,12 +77,12 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
         average.update(module, step)
         step += 1
         if step % stage.log_every == 0 or step == stage.steps:
-            running = value.item()
-            if not math.isfinite(running):
-                raise ValueError(f"{name}: the loss is {running} at step {step}; lower training.{name}.learning_rate")
-            speed = (time.monotonic() - started) / (step - first)
-            _log(folder / f"{name}.csv", {"step": step, "loss": running, "learning_rate": learning_rate(step - 1, stage), **facts})
-            print(f"{name} {step}/{stage.steps} loss {running:.4f} " + " ".join(f"{k} {v:.4g}" for k, v in facts.items()) + f" {speed:.3f} s/step", flush=True)
+            row = {"loss": value.item()} | {key: fact.item() for key, fact in facts.items()}
+            if not math.isfinite(row["loss"]):
+                raise ValueError(f"{name}: the loss is {row['loss']} at step {step}; lower training.{name}.learning_rate")
+            _log(curve, {"step": step, "learning_rate": rate, **row})
+            seconds = (time.monotonic() - started) / (step - first)
+            print(f"{name} {step}/{stage.steps} " + " ".join(f"{key} {fact:.4g}" for key, fact in row.items()) + f" {seconds:.3f} s/step", flush=True)
         late = deadline is not None and time.monotonic() > deadline
         if late or step % stage.save_every == 0 or step == stage.steps:
             _save(state_file, step, trained, optimizer, average)
@@ -134,10 +130,16 @@ def _restore(file: Path, trained: dict[str, nn.Parameter], optimizer: torch.opti
 
 
 def _log(file: Path, row: dict[str, float]) -> None:
-    """Append a row; rows of steps that are trained again after a resumption are dropped by the reader, last one wins."""
     new = not file.is_file()
     with file.open("a", newline="") as opened:
         writer = csv.writer(opened)
         if new:
             writer.writerow(row)
         writer.writerow([value if isinstance(value, int) else f"{value:.6g}" for value in row.values()])
+
+
+def _cut(file: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run takes again."""
+    if file.is_file():
+        head, *rows = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= step)]))

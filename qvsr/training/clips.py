@@ -1,0 +1,126 @@
+"""Training clips: photographs in simulated motion with their LQ versions, made once by all cores and kept as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qvsr.config import DegradationSettings, TrainingSettings
+from qvsr.data.degrade import degrade_clip, generator, recipe_digest
+from qvsr.provenance import atomic_path
+from qvsr.training.motion import Photograph, load_photograph, simulate_clip
+
+FRAMES = 5
+UPSCALE = 4
+HELD_OUT_SHARE = 16  # every 16th photograph makes validation clips only
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class TrainingClips:
+    """All clips as uint8 arrays; the last `held_out` come from photographs that no other clip shows.
+
+    Args:
+        photographs: folder of images.
+        folder: where the arrays are kept; made on first use.
+        device: CUDA holds the arrays in its memory, a CPU maps the files.
+    """
+
+    def __init__(self, photographs: Path, folder: Path, settings: TrainingSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        prepare(photographs, folder, settings)
+        self.gt, self.lq = (_open(folder / f"clips.{kind}.npy", device) for kind in ("gt", "lq"))
+
+    def __len__(self) -> int:
+        return self.settings.clips + self.settings.held_out
+
+    def frames(self, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Ground truth and bicubically upscaled LQ of some clips, each (N, T, 3, S, S) float32 in [-1, 1]."""
+        index = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), device=self.gt.device)
+        gt, lq = (_to_float(array[index].to(self.device)) for array in (self.gt, self.lq))
+        up = F.interpolate(lq.flatten(0, 1), scale_factor=UPSCALE, mode="bicubic", align_corners=False).clamp(-1, 1)
+        return gt, up.unflatten(0, lq.shape[:2])
+
+    def batch(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """:meth:`frames` of `count` random training clips, whole clips flipped, turned and reversed at random."""
+        gt, up = self.frames(torch.randint(self.settings.clips, (count,), generator=rng, device=rng.device))
+        for chance, dims in ((0.5, (-1,)), (0.5, (-2,)), (0.5, (1,))):
+            if torch.rand((), generator=rng, device=rng.device) < chance:
+                gt, up = gt.flip(dims), up.flip(dims)
+        return gt, up
+
+
+def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None:
+    """Write ``clips.gt.npy`` and ``clips.lq.npy``, unless they are there for these settings and photographs."""
+    files = sorted(file for file in photographs.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 2 * HELD_OUT_SHARE:
+        raise ValueError(f"{photographs} holds {len(files)} photographs; at least {2 * HELD_OUT_SHARE} are needed to train on")
+    key = {
+        "photographs": hashlib.sha256("".join(f"{file.name}:{file.stat().st_size};" for file in files).encode()).hexdigest(),
+        "clips": settings.clips,
+        "held_out": settings.held_out,
+        "size": settings.size,
+        "seed": settings.seed,
+        "degradation": recipe_digest(settings.degradation),
+    }
+    stamp = folder / "clips.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == key:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    held = files[::HELD_OUT_SHARE]
+    train = [file for file in files if file not in held]
+    jobs = [(i, train, settings) for i in range(settings.clips)] + [(settings.clips + i, held, settings) for i in range(settings.held_out)]
+    size = settings.size
+    with atomic_path(folder / "clips.gt.npy") as gt_file, atomic_path(folder / "clips.lq.npy") as lq_file:
+        gt = np.lib.format.open_memmap(gt_file, "w+", np.uint8, (len(jobs), FRAMES, size, size, 3))
+        lq = np.lib.format.open_memmap(lq_file, "w+", np.uint8, (len(jobs), FRAMES, size // UPSCALE, size // UPSCALE, 3))
+        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+            # A worker keeps the photographs of one group at a time; the held-out group comes last.
+            for done, (row, gt_clip, lq_clip) in enumerate(pool.imap_unordered(_make, jobs, chunksize=32), start=1):
+                gt[row], lq[row] = gt_clip, lq_clip
+                if done % 2000 == 0 or done == len(jobs):
+                    print(f"clips {done}/{len(jobs)}", flush=True)
+        gt.flush()
+        lq.flush()
+    with atomic_path(stamp) as temporary:
+        temporary.write_text(json.dumps(key, indent=2) + "\n")
+
+
+_loaded: tuple[str, list[Photograph]] = ("", [])
+
+
+def _make(job: tuple[int, list[Path], TrainingSettings]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
+    global _loaded
+    import cv2
+
+    cv2.setNumThreads(1)
+    row, files, settings = job
+    if _loaded[0] != str(files[0]) + str(len(files)):
+        _loaded = (str(files[0]) + str(len(files)), [load_photograph(file) for file in files])
+    pool = _loaded[1]
+    rng = generator(settings.seed, f"clip/{row}")
+    scene, other = rng.choice(len(pool), 2, replace=False)
+    gt = simulate_clip(pool[scene], pool[other], FRAMES, settings.size, rng)
+    degradation = DegradationSettings(preset=settings.degradation.preset, seed=settings.degradation.seed)
+    return row, gt, degrade_clip(gt, degradation, f"training/{row}")
+
+
+def _open(file: Path, device: torch.device) -> Tensor:
+    array = np.load(file, mmap_mode="r" if device.type == "cpu" else None)
+    if device.type == "cpu":
+        array = np.lib.format.open_memmap(file, "r+")  # torch wants a writable map; nothing writes to it
+    return torch.from_numpy(array).to(device)
+
+
+def _to_float(clip: Tensor) -> Tensor:
+    """(N, T, H, W, 3) uint8 to (N, T, 3, H, W) float32 in [-1, 1]."""
+    return clip.permute(0, 1, 4, 2, 3).float() / 127.5 - 1

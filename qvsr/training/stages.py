@@ -1,0 +1,261 @@
+"""The three stages of training the small model: what each trains, on what, and with which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qvsr.config import BackboneSettings, TrainingSettings
+from qvsr.models.autoencoder import Posterior, VideoAutoencoder
+from qvsr.models.layers import zero_
+from qvsr.models.schedule import Schedule
+from qvsr.models.structure import StructureEncoder
+from qvsr.models.unet import InflatedUNet
+from qvsr.training.clips import TrainingClips
+from qvsr.training.loop import fit
+
+CHUNK = 32  # clips encoded or sampled at a time
+SAMPLED = 3000  # clips whose latents the sampler makes for the decoder's stage
+SAMPLER_STEPS = 10
+TRUE_LATENTS = 0.4  # share of the decoder's clips that are shown the true latent
+
+
+class Networks(nn.Module):
+    """Everything that is trained, under one state dict."""
+
+    def __init__(self, settings: BackboneSettings) -> None:
+        super().__init__()
+        self.unet = InflatedUNet(settings.unet)
+        self.structure = StructureEncoder(settings.structure)
+        self.vae = VideoAutoencoder(settings.vae)
+        self.context = nn.Parameter(torch.randn(1, settings.context_tokens, settings.unet.context_dim))
+        for name, parameter in self.named_parameters():
+            # The published model starts from uninitialised memory here; 0 would leave the temporal convolution without gradient.
+            if name.endswith("temporal_alpha"):
+                nn.init.constant_(parameter, 0.2)
+
+    def train_only(self, *prefixes: str, but: str = "none") -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(prefixes) and but not in name)
+
+
+class Stages:
+    """The stages in order: :meth:`autoencoder`, :meth:`diffusion`, :meth:`decoder`."""
+
+    def __init__(self, backbone: BackboneSettings, settings: TrainingSettings, nets: Networks, clips: TrainingClips, folder: Path, deadline: float | None) -> None:
+        self.backbone, self.settings, self.nets, self.clips = backbone, settings, nets, clips
+        self.folder, self.deadline, self.device = folder, deadline, clips.device
+        self.schedule = Schedule(backbone.schedule)
+        acp = self.schedule.alphas_cumprod.double().to(self.device)
+        self.signal, self.noise = acp.sqrt().float(), (1 - acp).sqrt().float()
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function) if self.settings.compile else function
+
+    def half(self) -> torch.autocast:
+        """bfloat16: half the memory traffic, and no loss scaling needed."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def generator(self, offset: int) -> torch.Generator:
+        return torch.Generator(device=self.device).manual_seed(self.settings.seed + offset)
+
+    # -- stage 1 ------------------------------------------------------------------------------------------------------
+
+    def autoencoder(self) -> None:
+        """Pixel and gradient L1 with a little KL. A quarter of the clips are upscaled LQ ones, which are encoded later too."""
+        vae, stage = self.nets.vae, self.settings.autoencoder
+        if not (self.folder / "autoencoder.state.safetensors").is_file():
+            pca_start(vae, self.clips.frames(range(min(64, len(self.clips))))[0].flatten(0, 1))
+        self.nets.train_only("vae.", but="fusion_layer")
+
+        def reconstruct(x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
+            posterior, _ = vae.encode(x)
+            return vae.decode(posterior.sample(noise)), posterior
+
+        run = self.compiled(reconstruct)
+
+        def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+            gt, up = self.clips.batch(stage.batch, rng)
+            x = torch.cat([gt, up[: -(-stage.batch // 3)]]).flatten(0, 1)
+            latent = (x.shape[0], self.backbone.vae.embed_dim, *(side // self.backbone.vae.factor for side in x.shape[2:]))
+            noise = torch.randn(latent, generator=rng, device=self.device)
+            with self.half():
+                out, posterior = run(x.contiguous(memory_format=torch.channels_last), noise)
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            return image_loss(out.float(), x) + 1e-4 * kl, {"psnr": psnr(out.detach(), x), "kl": kl.detach()}
+
+        self._fit("autoencoder", loss, vae)
+        normalise_latents(vae, self.clips.frames(range(min(128, len(self.clips))))[0].flatten(0, 1))
+
+    # -- stage 2 ------------------------------------------------------------------------------------------------------
+
+    def diffusion(self) -> None:
+        """Squared error of the prediction at every noise level; U-Net, structure encoder and context train together."""
+        hq, lq = self.latents(range(self.settings.clips))
+        stage = self.settings.diffusion
+        self.nets.train_only("unet.", "structure.", "context")
+        run = self.compiled(self.predict)
+        levels = len(self.signal)
+
+        def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = torch.randint(len(hq), (stage.batch,), generator=rng, device=self.device)
+            x0, z = hq[rows].float(), lq[rows].float()
+            # Stratified: every batch sees the whole range of noise levels, which steadies the loss.
+            place = torch.arange(stage.batch, device=self.device) + torch.rand(stage.batch, generator=rng, device=self.device)
+            t = (place / stage.batch * levels).long().clamp(max=levels - 1)
+            noise = torch.randn(x0.shape, generator=rng, device=self.device)
+            a, s = self.levels(t)
+            target = a * noise - s * x0 if self.backbone.schedule.parameterization == "v" else noise
+            return F.mse_loss(run(a * x0 + s * noise, z, t), target), {}
+
+        self._fit("diffusion", loss, self.nets)
+
+    @torch.no_grad()
+    def latents(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Means of the latents of clips, ground truth and LQ, bfloat16 (N, T, C, h, w)."""
+        pairs = []
+        for start in range(rows.start, rows.stop, CHUNK):
+            with self.half():
+                pairs.append([self.encode(x).bfloat16() for x in self.clips.frames(range(start, min(start + CHUNK, rows.stop)))])
+        return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent means (N, T, C, h, w) of clips (N, T, 3, H, W)."""
+        return self.nets.vae.encode(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))[0].mean.unflatten(0, x.shape[:2])
+
+    def decode(self, z: Tensor, lq_up: Tensor) -> Tensor:
+        """Clips (N, T, 3, H, W) of latents, with the LQ frames' features."""
+        features = self.nets.vae.encode(lq_up.flatten(0, 1))[1]
+        return self.nets.vae.decode(z.flatten(0, 1), features).unflatten(0, z.shape[:2])
+
+    def predict(self, x_t: Tensor, z_lq: Tensor, t: Tensor) -> Tensor:
+        """The U-Net's output, float32, for noisy latents (N, T, C, h, w) at timesteps (N,)."""
+        rows_t = t.repeat_interleave(x_t.shape[1])
+        x, z = x_t.flatten(0, 1), z_lq.flatten(0, 1)
+        with self.half():
+            struct = self.nets.structure(z, rows_t)
+            out = self.nets.unet(torch.cat([x, z], dim=1) if self.backbone.concat_lq else x, rows_t, self.nets.context, struct)
+        return out.float().unflatten(0, x_t.shape[:2])
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Amplitudes of signal and noise at timesteps (N,), each (N, 1, 1, 1, 1)."""
+        return self.signal[t].view(-1, 1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1, 1)
+
+    def denoised(self, x_t: Tensor, z_lq: Tensor, t: Tensor) -> Tensor:
+        """The clean latent that the network sees in a noisy one."""
+        out = self.predict(x_t, z_lq, t)
+        a, s = self.levels(t)
+        return a * x_t - s * out if self.backbone.schedule.parameterization == "v" else (x_t - s * out) / a
+
+    @torch.no_grad()
+    def sample(self, z_lq: Tensor, rng: torch.Generator) -> Tensor:
+        """Respaced ancestral sampling from the noised LQ latent, without guidance or tiles."""
+        respaced = self.schedule.respace(SAMPLER_STEPS)
+        x = self.signal[-1] * z_lq + self.noise[-1] * torch.randn(z_lq.shape, generator=rng, device=self.device)
+        for index in reversed(range(SAMPLER_STEPS)):
+            t = torch.full((len(x),), respaced.timesteps[index], device=self.device)
+            x0 = self.denoised(x, z_lq, t)
+            x = float(respaced.posterior_mean_coef1[index]) * x0 + float(respaced.posterior_mean_coef2[index]) * x
+            if index > 0:
+                x = x + float(respaced.posterior_variance[index]) ** 0.5 * torch.randn(x.shape, generator=rng, device=self.device)
+        return x
+
+    # -- stage 3 ------------------------------------------------------------------------------------------------------
+
+    def decoder(self) -> None:
+        """The video decoder learns to decode what the sampler makes, with the LQ frames' features beside it."""
+        stage = self.settings.decoder
+        count = min(SAMPLED, self.settings.clips)
+        hq, lq = self.latents(range(count))
+        rng = self.generator(1)
+        sampled = torch.cat([self.sample(part.float(), rng).bfloat16() for part in lq.split(CHUNK)])
+        vae = self.nets.vae
+        if not (self.folder / "decoder.state.safetensors").is_file():
+            quiet_start(vae)
+        self.nets.train_only("vae.decoder.", "vae.post_quant_conv.")
+        run = self.compiled(vae.decode)
+
+        def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = torch.randint(count, (stage.batch,), generator=rng, device=self.device)
+            gt, up = self.clips.frames(rows)
+            true = torch.rand((stage.batch, 1, 1, 1, 1), generator=rng, device=self.device) < TRUE_LATENTS
+            z = torch.where(true, hq[rows], sampled[rows]).flatten(0, 1)
+            with self.half():
+                with torch.no_grad():
+                    features = vae.encode(up.flatten(0, 1).contiguous(memory_format=torch.channels_last))[1]
+                out = run(z, features).float()
+            target = gt.flatten(0, 1)
+            return image_loss(out, target), {"psnr": psnr(out.detach(), target)}
+
+        self._fit("decoder", loss, vae)
+
+    def _fit(self, name: str, loss: Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]], module: nn.Module) -> None:
+        fit(module, loss, getattr(self.settings, name), name, self.folder, self.settings.seed, self.deadline)
+        self.nets.requires_grad_(False)
+
+
+def image_loss(out: Tensor, target: Tensor) -> Tensor:
+    """L1 of pixels plus half the L1 of horizontal and vertical differences, images in [-1, 1]."""
+    error = out - target
+    return error.abs().mean() + 0.5 * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+
+
+def psnr(x: Tensor, target: Tensor) -> Tensor:
+    """PSNR in dB of images in [-1, 1], over everything at once."""
+    return -10 * torch.log10((x.float() - target).square().mean() / 4)
+
+
+@torch.no_grad()
+def pca_start(vae: VideoAutoencoder, frames: Tensor) -> None:
+    """Start the linear path as the principal components of image blocks: 30 dB before the first step of training.
+
+    Args:
+        frames: (N, 3, H, W) in [-1, 1].
+    """
+    encoder, decoder = vae.encoder, vae.decoder
+    factor, z = vae.settings.factor, vae.settings.z_channels
+    blocks = F.pixel_unshuffle(frames, factor).permute(0, 2, 3, 1).flatten(0, 2)
+    mean = blocks.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((blocks - mean).T.double()))
+    basis, spread = vectors[:, -z:].flip(1).float(), values[-z:].flip(0).sqrt().float()  # strongest first
+    encoder.linear_shortcut.weight.zero_()
+    encoder.linear_shortcut.weight[:z, :, 0, 0] = (basis / spread).T
+    encoder.linear_shortcut.bias[:z] = -(mean @ (basis / spread))
+    encoder.linear_shortcut.bias[z:] = -6.0  # the log-variance: nearly deterministic from the start
+    decoder.linear_shortcut.weight[:, :, 0, 0] = basis * spread
+    decoder.linear_shortcut.bias.copy_(mean)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        conv.weight.copy_(torch.eye(conv.out_channels)[:, :, None, None])
+        conv.bias.zero_()
+    for conv in (encoder.conv_out, decoder.conv_out):
+        conv.weight.mul_(0.1)
+        conv.bias.zero_()
+
+
+def quiet_start(vae: VideoAutoencoder) -> None:
+    """Make the fusion layers add nothing at first: they come late to a decoder that already works."""
+    for name, layer in vae.decoder.named_children():
+        if name.startswith("fusion_layer_"):
+            for conv in (layer.encode_enc_1.conv_out, layer.encode_enc_1.conv2, layer.encode_enc_3.conv2):
+                zero_(conv)
+
+
+@torch.no_grad()
+def normalise_latents(vae: VideoAutoencoder, frames: Tensor) -> None:
+    """Fold a shift and a scale per channel into the convolutions around the latent: zero mean, unit variance, no setting needed."""
+    means = torch.cat([vae.encode(part)[0].mean for part in frames.split(64)])
+    shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    z = len(shift)
+    conv = vae.quant_conv
+    conv.weight[:z] /= scale.view(-1, 1, 1, 1)
+    conv.bias[:z] = (conv.bias[:z] - shift) / scale
+    conv.bias[z:] -= 2 * scale.log()  # the log-variance follows the scale
+    conv = vae.post_quant_conv
+    conv.bias += conv.weight[:, :, 0, 0] @ shift
+    conv.weight *= scale.view(1, -1, 1, 1)
