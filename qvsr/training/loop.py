@@ -58,6 +58,7 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
     trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     average = Average(module, stage.ema)
+    folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.state.safetensors"
     step = _restore(state_file, trained, optimizer, average) if state_file.is_file() else 0
     curve = folder / f"{name}.csv"
