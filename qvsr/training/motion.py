@@ -169,8 +169,8 @@ def _camera_frames(photograph: Photograph, camera: Motion, size: int, rng: np.ra
 
 
 def _pick_centre(photograph: Photograph, low: NDArray[np.float64], high: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Of up to three random places the one with most detail: half of a photograph is often sky or blur."""
-    tries = rng.uniform(low, high, (int(rng.integers(1, 4)), 2))
+    """Of up to five random places the one with most detail: half of a photograph is often sky or blur."""
+    tries = rng.uniform(low, high, (int(rng.integers(1, 6)), 2))
     height, width = photograph.size
     columns = np.clip(tries[:, 0] / width * 32, 0, 31).astype(int)
     rows = np.clip(tries[:, 1] / height * 32, 0, 31).astype(int)
@@ -185,8 +185,9 @@ def _add_object(canvases: list[NDArray[np.uint8]], other: Photograph, camera: Mo
     reduction = math.exp(rng.uniform(math.log(1 / OVERSAMPLE), math.log(2.0)))
     level, _ = other.level(reduction)
     diameter = min(diameter, *level.shape[:2])
-    top = int(rng.integers(0, level.shape[0] - diameter + 1))
-    left = int(rng.integers(0, level.shape[1] - diameter + 1))
+    half, factor = diameter / 2, level.shape[0] / other.size[0]
+    room = np.array([level.shape[1], level.shape[0]]) - half
+    left, top = (_pick_centre(other, np.array([half, half]) / factor, room / factor, rng) * factor - half).round().astype(int).clip(0)
     texture = level[top : top + diameter, left : left + diameter].astype(np.float32)
     alpha = draw_mask(diameter, rng)
     sprite = np.dstack([texture * alpha[..., None], alpha])
