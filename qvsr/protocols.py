@@ -45,7 +45,7 @@ class Protocol(Settings):
 
     @model_validator(mode="after")
     def _known_conventions(self) -> Protocol:
-        offered = {"range": ("0-1",), "rounding": ("round", "truncate"), "frames": ("all",), "average": ("frames,clips",)}
+        offered = {"range": ("0-1",), "rounding": ("round", "truncate"), "frames": ("all",), "average": ("frames-then-clips",)}
         for key, values in offered.items():
             if getattr(self, key) not in values:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; known: {' | '.join(values)}")
@@ -74,7 +74,7 @@ class Protocol(Settings):
         """One line that says how a value came about; values of different signatures are not comparable.
 
         >>> read("strict-v1").signature("psnr")
-        'psnr|strict-v1|impl:pyiqa-0.1.16|colour:rgb|crop:0|eps:0.0|range:0-1|rounding:round|frames:all|average:frames,clips'
+        'psnr|strict-v1|impl:pyiqa-0.1.16|colour:rgb|crop:0|eps:0.0|range:0-1|rounding:round|frames:all|average:frames-then-clips'
         """
         if metric not in self.metrics:
             raise ProtocolError(f"protocol {self.name}: {suggest('metric', metric, self.metrics)}")
