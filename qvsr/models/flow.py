@@ -5,6 +5,7 @@ A flow is (…, 2, H, W): channel 0 is x (columns), channel 1 is y (rows), in pi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -93,13 +94,18 @@ def dis_flow(frames_TCHW: Tensor) -> tuple[Tensor, Tensor]:
         cv2.cvtColor(np.ascontiguousarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()), cv2.COLOR_RGB2GRAY)
         for image in frames
     ]
+
+    def search(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        # A new object every time: OpenCV's carries a state from one pair to the next, and the flow depends on it.
+        found: np.ndarray = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(first, second, None)  # type: ignore[call-overload]
+        return found
+
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        pairs = list(zip(images[:-1], images[1:], strict=True))
-        forward = [estimator.calc(a, b, None) for a, b in pairs]
-        backward = [estimator.calc(b, a, None) for a, b in pairs]
+        pairs = list(itertools.pairwise(images))
+        forward = [search(a, b) for a, b in pairs]
+        backward = [search(b, a) for a, b in pairs]
     finally:
         cv2.setNumThreads(threads)
 
@@ -126,7 +132,8 @@ def raft_names(key: str) -> str:
     key = re.sub(r"^(feature|context)_encoder\.conv1\.", r"\1_encoder.convnormrelu.0.", key)
     key = re.sub(r"^(feature|context)_encoder\.norm1\.", r"\1_encoder.convnormrelu.1.", key)
     key = re.sub(r"^(feature|context)_encoder\.conv2\.", r"\1_encoder.conv.", key)
-    key = re.sub(r"^update_block\.encoder\.conv(c|f)(\d)\.", lambda m: f"update_block.motion_encoder.conv{'corr' if m[1] == 'c' else 'flow'}{m[2]}.0.", key)
+    key = re.sub(r"^update_block\.encoder\.convc(\d)\.", r"update_block.motion_encoder.convcorr\1.0.", key)
+    key = re.sub(r"^update_block\.encoder\.convf(\d)\.", r"update_block.motion_encoder.convflow\1.0.", key)
     key = re.sub(r"^update_block\.encoder\.conv\.", "update_block.motion_encoder.conv.0.", key)
     key = re.sub(r"^update_block\.gru\.conv([zrq])(\d)\.", r"update_block.recurrent_block.convgru\2.conv\1.", key)
     key = re.sub(r"^update_block\.mask\.0\.", "mask_predictor.convrelu.0.", key)
@@ -145,7 +152,7 @@ def load_raft(weights: str | Path) -> nn.Module:
 
     path = Path(weights)
     if not path.is_file():
-        raise FlowError(f"RAFT weights {path} not found; put the file there, or use sampling.flow=dis, which needs none")
+        raise FlowError(f"RAFT weights {path} not found; put the file there, or use sampling.flow=dis")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -162,7 +169,8 @@ def load_raft(weights: str | Path) -> nn.Module:
     missing = [key for key in wanted if key not in renamed and not key.endswith("num_batches_tracked")]
     unequal = [key for key in wanted if key in renamed and renamed[key].shape != wanted[key].shape]
     if missing or unequal:
-        raise FlowError(f"{path} does not hold RAFT (large): {len(missing)} keys missing, {len(unequal)} of another shape, such as {(missing + unequal)[0]}")
+        first = (missing + unequal)[0]
+        raise FlowError(f"{path} does not hold RAFT (large): {len(missing)} keys missing, {len(unequal)} of another shape, such as {first}")
     network.load_state_dict({key: renamed.get(key, value) for key, value in wanted.items()})
     return network.eval().requires_grad_(False)
 
@@ -206,6 +214,6 @@ def estimator(name: str, raft_weights: str | Path | None = None, device: str | t
         return dis_flow
     if name == "raft":
         if raft_weights is None:
-            raise FlowError("sampling.flow=raft needs a weights file; give backbone.flow_weights, or use sampling.flow=dis, which needs none")
+            raise FlowError("sampling.flow=raft needs a weights file: set backbone.flow_weights, or use sampling.flow=dis")
         return raft_flow(raft_weights, device)
     raise FlowError(f"no flow {name!r}; known: dis, none, raft")

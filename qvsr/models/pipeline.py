@@ -6,7 +6,7 @@ Frames are in [0, 1] at the border of this module and in [-1, 1] inside. Memory 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,16 +28,6 @@ FLOW_REDUCTION = 4  # flow is estimated on frames reduced by this, whatever the 
 
 class RestoreError(ValueError):
     """A clip cannot be restored; one line that says which part and what was found."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """A network call and where in the clip it happened."""
-
-    clip: str
-    segment: int
-    patch: int
-    call: NetworkCall
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def restore(
     sampling: SamplingSettings,
     noise: NoiseSource,
     flow: FlowFunction | None = None,
-    observe: Callable[[Observation], None] | None = None,
+    observe: Callable[[NetworkCall], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     clip: str = "clip",
     on_patch: Callable[[PatchResult], None] | None = None,
@@ -110,7 +100,7 @@ def restore(
         sampling: steps, tiles, guidance, colour fix.
         noise: where random numbers come from.
         flow: estimates motion on the input; None leaves motion guidance out.
-        observe: called after every call of the U-Net.
+        observe: called after every call of the U-Net with what went in and came out.
         progress: called with (calls of the U-Net done, calls in all).
         clip: the clip's name, for messages.
         on_patch: called with what every image tile went through.
@@ -130,7 +120,7 @@ def restore_segments(
     sampling: SamplingSettings,
     noise: NoiseSource,
     flow: FlowFunction | None = None,
-    observe: Callable[[Observation], None] | None = None,
+    observe: Callable[[NetworkCall], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     clip: str = "clip",
     on_patch: Callable[[PatchResult], None] | None = None,
@@ -147,7 +137,7 @@ def restore_segments(
     tile, stride = sampling.image_tile, sampling.image_tile_stride
     padded = padded_size(height, width, sampling.pad_multiple)
     plan = list(zip(boxes(*padded, tile, stride), reduced_boxes(*padded, tile, stride, factor), strict=True))
-    step_done = _counter(progress, network_calls(*lq_TCHW.shape[-2:], lq_TCHW.shape[0], sampling, factor))
+    step_done = _counter(progress, network_calls(lq_TCHW.shape[-2], lq_TCHW.shape[-1], len(lq_TCHW), sampling, factor))
 
     for segment, numbers in enumerate(segments(lq_TCHW.shape[0], length)):
         lq = lq_TCHW[numbers].to(backbone.context.device, torch.float32)
@@ -158,7 +148,7 @@ def restore_segments(
 
             def seen(call: NetworkCall, segment: int = segment, patch: int = patch) -> None:
                 if observe is not None:
-                    observe(Observation(clip, segment, patch, call))
+                    observe(replace(call, clip=clip, segment=segment, patch=patch))
                 step_done()
 
             def draw(kind: str, shape: Sequence[int], step: int, segment: int = segment, patch: int = patch) -> Tensor:
@@ -248,7 +238,8 @@ def check(backbone: Backbone, lq_TCHW: Tensor, sampling: SamplingSettings, clip:
     settings = backbone.settings
     if sampling.frames_per_segment != settings.unet.num_frames:
         raise RestoreError(
-            f"sampling.frames_per_segment is {sampling.frames_per_segment}, but backbone {settings.name} works on {settings.unet.num_frames} frames"
+            f"sampling.frames_per_segment is {sampling.frames_per_segment}, but backbone {settings.name} works on "
+            f"{settings.unet.num_frames} frames"
         )
     levels = 2 ** (max(len(settings.unet.channel_mult), len(settings.structure.channel_mult)) - 1)
     pixels = levels * settings.first_stage.factor
@@ -264,7 +255,7 @@ def check(backbone: Backbone, lq_TCHW: Tensor, sampling: SamplingSettings, clip:
 def _refuse_not_finite(x: Tensor, what: str) -> None:
     bad = x.numel() - int(torch.isfinite(x).sum())
     if bad:
-        raise RestoreError(f"{what}: {bad} of {x.numel()} values are NaN or infinite; nothing was written. Look at the weights or the quantized model")
+        raise RestoreError(f"{what}: {bad} of {x.numel()} values are NaN or infinite; check the weights or the quantized model")
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:

@@ -32,6 +32,7 @@ class NetworkCall:
         lq_latent: (T, C, h, w), the LQ latent tile, from which (with the timestep) the structure features come.
         output: (T, C, h, w), what the U-Net returned.
         tile: number of the latent tile in the image tile.
+        clip, segment, patch: where in a clip it happened; filled in by the pipeline.
     """
 
     step: int
@@ -40,6 +41,9 @@ class NetworkCall:
     lq_latent: Tensor
     output: Tensor
     tile: int
+    clip: str = ""
+    segment: int = 0
+    patch: int = 0
 
 
 @dataclass(frozen=True)

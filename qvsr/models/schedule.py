@@ -34,7 +34,10 @@ def spaced_timesteps(total: int, sections: int | str) -> list[int]:
     """
     text = str(sections)
     if text.startswith("ddim"):
-        return _whole_stride(total, _counts(text.removeprefix("ddim"), text)[0])
+        counts = _counts(text.removeprefix("ddim"), text)
+        if len(counts) != 1:
+            raise _not_steps(text)
+        return _whole_stride(total, counts[0])
     counts = _counts(text, text)
     size, extra = divmod(total, len(counts))
     kept: list[int] = []
@@ -42,7 +45,7 @@ def spaced_timesteps(total: int, sections: int | str) -> list[int]:
     for number, count in enumerate(counts):
         length = size + (number < extra)
         if count > length:
-            raise ValueError(f"steps {text!r}: {count} steps asked of a section that has {length} of the {total}; ask for {length} or fewer")
+            raise ValueError(f"steps {text!r}: {count} steps asked of a section of {length}; ask for {length} or fewer")
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         # The position is summed, not multiplied, and ties round to even: published lists depend on it.
         position = 0.0
@@ -56,8 +59,12 @@ def spaced_timesteps(total: int, sections: int | str) -> list[int]:
 def _counts(text: str, whole: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"steps {whole!r} is not a number of steps; use 50, '10,15,20' or 'ddim50'")
+        raise _not_steps(whole)
     return [int(part) for part in parts]
+
+
+def _not_steps(text: str) -> ValueError:
+    return ValueError(f"steps {text!r} is not a number of steps; use 50, '10,15,20' or 'ddim50'")
 
 
 def _whole_stride(total: int, count: int) -> list[int]:

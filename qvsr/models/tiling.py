@@ -57,9 +57,7 @@ def boxes(height: int, width: int, tile: int | tuple[int, int], stride: int) -> 
         stride: distance of neighbouring tiles; at most the tile's side, else there are gaps.
     """
     tile_h, tile_w = (tile, tile) if isinstance(tile, int) else tile
-    return [
-        Box(top, top + tile_h, left, left + tile_w) for left in starts(width, tile_w, stride) for top in starts(height, tile_h, stride)
-    ]
+    return [Box(top, top + tile_h, left, left + tile_w) for left in starts(width, tile_w, stride) for top in starts(height, tile_h, stride)]
 
 
 def reduced_boxes(height: int, width: int, tile: int, stride: int, factor: int) -> list[Box]:
@@ -151,7 +149,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     Args:
         x: (T, C, H, W).
     """
-    height, width = padded_size(*x.shape[-2:], multiple)
+    height, width = padded_size(x.shape[-2], x.shape[-1], multiple)
     down, right = height - x.shape[-2], width - x.shape[-1]
     x = F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[-2] else "replicate")
     return F.pad(x, (0, right, 0, 0), "reflect" if right < x.shape[-1] else "replicate")

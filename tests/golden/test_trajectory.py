@@ -24,7 +24,9 @@ def test_trajectory(name: str) -> None:
     def draw(kind: str, shape: Sequence[int], step: int) -> torch.Tensor:
         return tensors["init_noise"] if kind == "start" else tensors["noise"][steps - 1 - step]
 
-    sampling = SamplingSettings(steps=steps, tile=meta["tile_size"], tile_overlap=meta["tile_overlap"], guidance_scale=meta["guidance_scale"])
+    sampling = SamplingSettings(
+        steps=steps, tile=meta["tile_size"], tile_overlap=meta["tile_overlap"], guidance_scale=meta["guidance_scale"]
+    )
     motion = stored_motion(tensors) if name == "guided" else None
     latents = list(trajectory(backbone, tensors["init_latent"], sampling, draw, motion))
     assert len(latents) == len(tensors[f"{name}.latents"])
