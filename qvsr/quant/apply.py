@@ -1,0 +1,128 @@
+"""Which layers of a network are quantized, and putting quantized layers in their place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvsr.quant.layer import EXECUTIONS, KINDS, QuantError, QuantLayer, Timestep
+from qvsr.registry import suggest
+
+RECORD = "quantization_record"
+
+
+def excluded(name: str, exclude: Iterable[str]) -> bool:
+    """Whether a layer's name is one of the prefixes or lies below one; prefixes end at a dot.
+
+    >>> excluded("time_embed.0", ["time_embed.0"]), excluded("time_embed.01", ["time_embed.0"])
+    (True, False)
+    """
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in exclude)
+
+
+def quantizable(network: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Linear, Conv1d, Conv2d and Conv3d layers by name, in the order of the network's modules, without the excluded ones.
+
+    Raises:
+        QuantError: a prefix that excludes nothing (a typo), or a network with nothing left to quantize.
+    """
+    exclude = tuple(exclude)
+    layers = {name: module for name, module in network.named_modules() if type(module) in KINDS}
+    for prefix in exclude:
+        if not any(excluded(name, [prefix]) for name in layers):
+            raise QuantError(f"method.exclude: {suggest('layer', prefix, _prefixes(layers))[:300]}")
+    kept = {name: module for name, module in layers.items() if not excluded(name, exclude)}
+    if not kept:
+        raise QuantError(f"{type(network).__name__}: no layer is left to quantize; shorten method.exclude")
+    return kept
+
+
+def quantize_layers(network: nn.Module, exclude: Iterable[str], make: Callable[[str, nn.Module], QuantLayer]) -> dict[str, QuantLayer]:
+    """Replace every layer that is not excluded by ``make(name, layer)``, in place; returns the new layers by name.
+
+    The digest of the full-precision weights is noted on the network: a checkpoint names the weights that it belongs to.
+    """
+    note(network, unet_digest=weights_digest(network))
+    replaced = {}
+    for name, module in quantizable(network, exclude).items():
+        replaced[name] = make(name, module)
+        replace(network, name, replaced[name])
+    return replaced
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and bytes of a network's state, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module)
+
+
+def quant_layers(network: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of a network by name, in its order."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantLayer)}
+
+
+def freeze(network: nn.Module) -> None:
+    """Turn every open layer into integers and fold what was learned beside them."""
+    for layer in quant_layers(network).values():
+        layer.fold_correction()
+        if layer.is_open:
+            layer.freeze()
+
+
+def follow_timesteps(network: nn.Module) -> None:
+    """Let layers with a table by timestep know the timestep: the second argument of the network, all of whose entries must agree."""
+    tables = [layer for layer in quant_layers(network).values() if len(layer.act_timesteps) > 1]
+    if not tables:
+        return
+    shared = Timestep()
+    for layer in tables:
+        layer.timestep = shared
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        t: Tensor = kwargs["t"] if "t" in kwargs else args[1]
+        values = torch.unique(t)
+        if values.numel() != 1:
+            raise QuantError(f"static ranges by timestep need one timestep a call, found {values.tolist()}")
+        shared.value = int(values)
+
+    network.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def set_execution(network: nn.Module, execution: str) -> None:
+    """Choose how the quantized layers compute.
+
+    Raises:
+        QuantError: an execution that is not known.
+    """
+    if execution not in EXECUTIONS:
+        raise QuantError(suggest("execution", execution, EXECUTIONS))
+    for layer in quant_layers(network).values():
+        layer.execution = execution
+
+
+def note(network: nn.Module, **facts: Any) -> None:
+    """Keep facts about how a network was quantized (losses, ranks); they go into the checkpoint's header. Plain values only."""
+    setattr(network, RECORD, {**record(network), **facts})
+
+
+def record(network: nn.Module) -> dict[str, Any]:
+    """What :func:`note` was told."""
+    return dict(getattr(network, RECORD, {}))
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """Every name and every prefix of it that ends before a dot."""
+    return {".".join(parts[: end + 1]) for parts in (name.split(".") for name in names) for end in range(len(parts))}

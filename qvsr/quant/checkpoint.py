@@ -1,0 +1,157 @@
+"""A quantized network in one safetensors file: packed integers and everything needed to read them.
+
+Per layer ``NAME.ROLE`` with the roles of :meth:`qvsr.quant.layer.QuantLayer.state`: `weight` as a packed bit stream
+(:mod:`qvsr.kernels.packing`), `zero_point` in the smallest integer type that holds it, `signs` of the rotations as bits (the matrices follow
+from them), the rest in float32. Layers that were not quantized are not in the file: they belong to the backbone, whose digest is.
+
+The header is one JSON text under the key ``qvsr``: what the caller gave (method, bits, settings, digests, seed), what the method noted
+(losses), the facts of each layer, a digest of the content. It holds no time and no path, so the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qvsr.kernels.packing import pack, unpack
+from qvsr.provenance import atomic_path
+from qvsr.quant import apply
+from qvsr.quant.layer import Geometry, QuantError, QuantLayer
+
+FORMAT = 1
+KEY = "qvsr"
+
+
+class CheckpointError(QuantError):
+    """A quantized checkpoint that is missing, damaged, or belongs to other weights."""
+
+
+def save(unet: nn.Module, path: str | Path, header: dict[str, Any]) -> None:
+    """Write a quantized network; the file appears whole or not at all.
+
+    Args:
+        unet: with at least one :class:`QuantLayer`, as a method returned it.
+        header: plain values; must name at least `method`, `bits` and `backbone`.
+    Raises:
+        CheckpointError: nothing is quantized, or the header lacks a name.
+    """
+    layers = apply.quant_layers(unet)
+    if not layers:
+        raise CheckpointError(f"{path}: the network has no quantized layer; full precision needs no checkpoint")
+    for key in ("method", "bits", "backbone"):
+        if key not in header:
+            raise CheckpointError(f"{path}: the header must name {key}")
+    if "unet_digest" not in apply.record(unet):
+        raise CheckpointError(f"{path}: the digest of the full-precision weights is not noted; quantize with qvsr.quant.apply.quantize_layers")
+    tensors = {f"{name}.{role}": tensor for name, layer in layers.items() for role, tensor in _encode(layer).items()}
+    facts = {name: layer.describe() for name, layer in layers.items()}
+    full = {**header, **apply.record(unet), "format": FORMAT, "layers": facts, "content": _content_digest(tensors)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {KEY: json.dumps(full, sort_keys=True)})
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header of a quantized checkpoint; the tensors are not read.
+
+    Raises:
+        CheckpointError: no such file, not safetensors, not ours, or of a later format.
+    """
+    with _open(path) as file:
+        return _header(path, file.metadata())
+
+
+def load(path: str | Path, unet: nn.Module) -> nn.Module:
+    """Replace the layers of a full-precision network by those of a checkpoint, in place; returns the network.
+
+    Raises:
+        CheckpointError: the file is damaged, or was made from other weights than `unet` has.
+    """
+    with _open(path) as file:
+        header = _header(path, file.metadata())
+        found = apply.weights_digest(unet)
+        if found != header["unet_digest"]:
+            raise CheckpointError(
+                f"{path} was made from other weights of backbone {header['backbone']} (digest {header['unet_digest'][:12]}, these have {found[:12]}): "
+                "quantize these, or set backbone.weights to those"
+            )
+        try:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); make it again with the quantize stage") from None
+    if _content_digest(tensors) != header["content"]:
+        raise CheckpointError(f"{path} is damaged (its content is not what was written); make it again with the quantize stage")
+    by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in header["layers"]}
+    for key, tensor in tensors.items():
+        name = next(name for name in (key.rsplit(".", dots)[0] for dots in (1, 2)) if name in by_layer)
+        by_layer[name][key.removeprefix(name + ".")] = tensor
+    for name, facts in header["layers"].items():
+        apply.replace(unet, name, _decode(Geometry.of(unet.get_submodule(name), name), facts, by_layer[name], name))
+    known = ("unet_digest", "losses", "ranks_limited")
+    apply.note(unet, **{key: header[key] for key in known if key in header})
+    apply.follow_timesteps(unet)
+    return unet
+
+
+def _encode(layer: QuantLayer) -> dict[str, Tensor]:
+    """The layer's tensors as they are stored."""
+    state = {role: tensor.detach().cpu().contiguous() for role, tensor in layer.state().items()}
+    state["weight"] = pack(state["weight"], layer.weight_bits)
+    state["zero_point"] = _smallest(state["zero_point"])
+    if "signs" in state:
+        state["signs"] = torch.from_numpy(np.packbits((state["signs"] > 0).numpy(), bitorder="little"))
+    return state
+
+
+def _decode(geometry: Geometry, facts: dict[str, Any], state: dict[str, Tensor], name: str) -> QuantLayer:
+    state = dict(state)
+    state["weight"] = unpack(state["weight"], facts["weight_bits"], math.prod(geometry.weight_shape)).view(geometry.weight_shape)
+    state["zero_point"] = state["zero_point"].to(state["scale"].dtype)
+    if "signs" in state:
+        bits = np.unpackbits(state["signs"].numpy(), count=geometry.in_channels, bitorder="little")
+        state["signs"] = torch.from_numpy(bits.astype(np.int8) * 2 - 1)
+    return QuantLayer.from_state(geometry, facts, state, name)
+
+
+def _smallest(zero_point: Tensor) -> Tensor:
+    """Whole numbers in the smallest integer type that holds them; float32 beyond 32 bits."""
+    low, high = zero_point.min().item(), zero_point.max().item()
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max:
+            return zero_point.to(dtype)
+    return zero_point
+
+
+def _content_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise CheckpointError(f"no quantized checkpoint {path}; make it with the quantize stage")
+    try:
+        return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); make it again with the quantize stage") from None
+
+
+def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    if not metadata or KEY not in metadata:
+        raise CheckpointError(f"{path} is no quantized checkpoint of qvsr: its header has no {KEY!r}")
+    header: dict[str, Any] = json.loads(metadata[KEY])
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {header.get('format')}, this program reads {FORMAT}: make it again with the quantize stage")
+    return header

@@ -1,0 +1,142 @@
+"""Train a few parameters of a quantized network so that its output comes closer to the full-precision output."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qvsr.quant.layer import QuantError
+
+log = logging.getLogger(__name__)
+LR_FACTOR = 0.2
+PROBES = 8
+
+
+class Sample(Protocol):
+    """One recorded call of the full-precision network; :class:`qvsr.data.calibration.Sample` is one."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def t(self) -> Tensor: ...
+    @property
+    def context(self) -> Tensor: ...
+    @property
+    def struct(self) -> dict[str, Tensor]: ...
+    @property
+    def out(self) -> Tensor: ...
+
+
+class Samples(Protocol):
+    """A calibration set; :class:`qvsr.data.calibration.CalibrationSet` is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What training did: the mean loss before and after on the same few samples, and the loss of each update."""
+
+    before: float
+    after: float
+    updates: tuple[float, ...]
+
+    def summary(self, points: int = 20) -> dict[str, Any]:
+        """Plain values for a file's header: at most `points` means over equal stretches of the curve."""
+        size = max(1, math.ceil(len(self.updates) / points))
+        means = [sum(part) / len(part) for part in (self.updates[i : i + size] for i in range(0, len(self.updates), size))]
+        return {"before": self.before, "after": self.after, "updates": len(self.updates), "curve": [float(f"{mean:.6g}") for mean in means]}
+
+
+def call(network: nn.Module, sample: Sample) -> Tensor:
+    """The network's output for a recorded call."""
+    result: Tensor = network(sample.x, sample.t, sample.context, sample.struct)
+    return result
+
+
+@torch.no_grad()
+def mean_loss(network: nn.Module, samples: Samples, indices: Sequence[int]) -> float:
+    """Mean squared difference to the recorded outputs, over some samples."""
+    return sum(float(F.mse_loss(call(network, samples[i]), samples[i].out)) for i in indices) / len(indices)
+
+
+def train(
+    network: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    samples: Samples,
+    updates: int,
+    accumulate: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    what: str = "refine",
+    progress: Callable[[int, int], None] | None = None,
+) -> Curve:
+    """Minimise the squared difference to the recorded full-precision output over `parameters`, and nothing else.
+
+    AdamW; the learning rate falls to a fifth after half of the updates; each update sums the gradients of `accumulate` samples; samples
+    come in a random order, every one once before any comes again (arXiv 2508.04485, Sec. 4.1, and its released code).
+
+    Args:
+        network: takes ``(x, t, context, struct)``.
+        seed: of the order of samples.
+        what: names this training in messages.
+        progress: called with (updates done, updates in all).
+    Returns:
+        the losses. The parameters are left as training leaves them, whether the loss fell or not.
+    Raises:
+        QuantError: no samples, or a loss that is not finite.
+    """
+    if len(samples) == 0:
+        raise QuantError(f"{what}: the calibration set is empty")
+    probes = sorted({round(i * (len(samples) - 1) / max(1, PROBES - 1)) for i in range(PROBES)})
+    before = mean_loss(network, samples, probes)
+    if updates == 0 or not parameters:
+        return Curve(before, before, ())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, updates // 2), LR_FACTOR)
+    order, losses = _shuffled(len(samples), seed), []
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            for update in range(updates):
+                total = 0.0
+                for _ in range(accumulate):
+                    sample = samples[next(order)]
+                    loss = F.mse_loss(call(network, sample), sample.out)
+                    (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+                    total += loss.item() / accumulate
+                if not math.isfinite(total):
+                    raise QuantError(f"{what}: the loss is {total} at update {update + 1} of {updates}; lower learning_rate")
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                losses.append(total)
+                if progress is not None:
+                    progress(update + 1, updates)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    curve = Curve(before, mean_loss(network, samples, probes), tuple(losses))
+    log.log(
+        logging.INFO if curve.after < before else logging.WARNING,
+        "%s: loss on %d calibration samples %.4g -> %.4g in %d updates%s",
+        what, len(probes), before, curve.after, updates, "" if curve.after < before else ": it did not fall, the parameters are kept as trained",
+    )  # fmt: skip
+    return curve
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """Endless indices below `count`, a new permutation each round."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()

@@ -1,0 +1,66 @@
+"""Weight and activation quantizers with corner cases and gradients: quant_quantizers."""
+
+from __future__ import annotations
+
+import golden
+import torch
+from torch import Tensor
+
+from qvsr.quant import affine
+
+
+def names(tensors: dict[str, Tensor], bits: int) -> list[str]:
+    """Cases that have a weight quantizer of their own."""
+    return sorted(key.removesuffix(f".w{bits}.scale") for key in tensors if key.endswith(f".w{bits}.scale"))
+
+
+def test_weights_per_output_channel() -> None:
+    meta, tensors = golden.load("quant_quantizers")
+    for bits in meta["bits"]:
+        for name in names(tensors, bits):
+            x, key = tensors[f"{name}.x"], f"{name}.w{bits}"
+            low, high = affine.channel_range(x)
+            scale, zero_point = affine.qparams(low, high, bits)
+            for found, role in ((low, "x_min"), (high, "x_max"), (scale, "scale"), (zero_point, "zero_point")):
+                golden.assert_close(found, tensors[f"{key}.{role}"], meta, f"{key} {role}")
+            golden.assert_close(affine.fake_quantize(x, scale, zero_point, bits), tensors[f"{key}.out"], meta, key)
+            golden.assert_close(affine.dequantize(affine.quantize(x, scale, zero_point, bits), scale, zero_point), tensors[f"{key}.out"], meta, key)
+
+
+def test_activations_per_tensor() -> None:
+    meta, tensors = golden.load("quant_quantizers")
+    for bits in meta["bits"]:
+        for name in names(tensors, bits):
+            x, key = tensors[f"{name}.x"], f"{name}.a{bits}"
+            scale, zero_point = affine.qparams(*affine.tensor_range(x), bits)
+            golden.assert_close(scale.reshape(1), tensors[f"{key}.scale"], meta, f"{key} scale")
+            golden.assert_close(zero_point.reshape(1), tensors[f"{key}.zero_point"], meta, f"{key} zero point")
+            golden.assert_close(affine.fake_quantize(x, scale, zero_point, bits), tensors[f"{key}.out"], meta, key)
+            golden.assert_close(affine.round_to_grid(x, scale, zero_point, bits), tensors[f"{key}.out"], meta, key)
+
+
+def test_range_of_other_values() -> None:
+    """A static range is taken once; values outside it clamp."""
+    meta, tensors = golden.load("quant_quantizers")
+    for bits in meta["bits"]:
+        if f"stale.w{bits}.out" in tensors:
+            scale, zero_point = affine.qparams(tensors[f"stale.w{bits}.x_min"], tensors[f"stale.w{bits}.x_max"], bits)
+            golden.assert_close(affine.fake_quantize(tensors["stale.x"], scale, zero_point, bits), tensors[f"stale.w{bits}.out"], meta, "stale")
+
+
+def test_straight_through_gradients() -> None:
+    meta, tensors = golden.load("quant_quantizers")
+    upstream, checked = tensors["ste.upstream_grad"], 0
+    for bits in meta["bits"]:
+        for kind, name in (("dynamic_a", "normal"), ("static_w", "stale")):
+            key = f"ste.{kind}{bits}.grad"
+            if key not in tensors:
+                continue
+            given = tensors["normal.x"]
+            ranges = affine.tensor_range(given) if kind == "dynamic_a" else affine.channel_range(given)
+            x = tensors[f"{name}.x"].clone().requires_grad_(True)
+            affine.fake_quantize(x, *affine.qparams(*ranges, bits), bits).backward(upstream)
+            assert x.grad is not None
+            golden.assert_close(x.grad, tensors[key], meta, key)
+            checked += 1
+    assert checked, "the set has no gradients"
