@@ -50,7 +50,6 @@ PACKAGES: dict[str, Source] = {
             "Acrylic.jpg": ("Steve Johnson", "CC0-1.0"),
             "ColdWarm.jpg": ("invisiblepower", "CC0-1.0"),
             "Dark_Ivy.jpg": ("Garrett LeSage", "CC-BY-SA-3.0"),
-            "Icetwigs.jpg": ("as in the package's AUTHORS", "CC0-1.0"),
             "Road.jpg": ("Joshua Welch", "CC0-1.0"),
             "SeaSunset.jpg": ("Sebastian Voortman", "CC0-1.0"),
         },
