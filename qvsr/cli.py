@@ -8,6 +8,7 @@ with ``QVSR_DEBUG=1`` as the full traceback.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def compute(config: Config) -> None:
     torch.set_num_interop_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
 @config_app.command("check")
@@ -188,3 +190,52 @@ def measure(
     from qvsr.stages import measure as stage
 
     stage.run(resolved, pred, gt, fp, dataset, method, bits, out)
+
+
+@app.command()
+def tables(
+    config: ConfigOption,
+    out: Out,
+    measured: Annotated[list[Path], typer.Argument(help="files written by measure")],
+    checkpoint: Annotated[list[Path] | None, typer.Option(help="quantized checkpoint whose cost is counted; may be repeated")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the tables: metrics and cost as csv, Markdown and LaTeX."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    import metrics as registered  # noqa: F401  (the tables need the metrics' facts)
+    from qvsr.stages import tables as stage
+
+    stage.run(resolved, measured, checkpoint or [], out)
+
+
+@app.command()
+def figures(
+    config: ConfigOption,
+    out: Out,
+    measured: Annotated[list[Path], typer.Argument(help="files written by measure")],
+    set_: SetOption = None,
+) -> None:
+    """Draw the pictures from a run's frames and result rows."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    import metrics as registered  # noqa: F401  (the pictures need the metrics' facts)
+    from qvsr.stages import figures as stage
+
+    stage.run(resolved, measured, out)
+
+
+@app.command()
+def cost(
+    out: Out,
+    config: ConfigOption = plan.DEFAULT,
+    rank: Annotated[int | None, typer.Option(help="of every low-rank branch; default: the method's smallest")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Parameters and operations of every row, without weights."""
+    resolved = settings(config, set_)
+    from qvsr.quant.cost import planned_costs
+    from qvsr.report.tables import cost_csv, cost_lines
+
+    with atomic_path(out) as partial:
+        partial.write_text(cost_csv(cost_lines(planned_costs(resolved, rank), resolved.methods)))

@@ -141,6 +141,20 @@ class Plan:
         """(dataset, clip) shown in the comparison picture."""
         return self.config.picture or self.pairs()[0]
 
+    def picture_frames(self) -> list[str]:
+        """Folders of frames that the comparison picture is made of."""
+        dataset, clip = self.picture()
+        restored = [str(self.output / "restored" / dataset / f"{method}-{bits}" / clip) for method, bits in self.rows()]
+        return [str(self.output / "clips" / dataset / "GT" / clip), *restored]
+
+    def measured(self) -> list[str]:
+        """Result files of every row and clip."""
+        return [
+            str(self.output / "measured" / dataset / f"{method}-{bits}" / f"{clip}.jsonl")
+            for method, bits in self.rows()
+            for dataset, clip in self.pairs()
+        ]
+
     def checkpoint(self, method: str, bits: str) -> list[str]:
         """The quantized checkpoint that a restoration reads; none for what is not quantized."""
         return [] if method in UNQUANTIZED else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]

@@ -134,7 +134,7 @@ def code_digest(*patterns: str, root: Path = ROOT) -> str:
     """Digest of the source files that a stage uses, so that an edit of one of them makes its outputs stale.
 
     Args:
-        patterns: glob patterns relative to `root`, such as ``qvsr/quant/**/*.py``.
+        patterns: glob patterns relative to `root`, such as ``qvsr/quant/**/*.py``; one with a ``!`` in front leaves files out.
     Returns:
         16 hexadecimal digits over the paths and contents, in order of path.
     Raises:
@@ -145,10 +145,10 @@ def code_digest(*patterns: str, root: Path = ROOT) -> str:
     """
     files: set[Path] = set()
     for pattern in patterns:
-        matched = {file for file in root.glob(pattern) if file.is_file() and "__pycache__" not in file.parts}
+        matched = {file for file in root.glob(pattern.removeprefix("!")) if file.is_file() and "__pycache__" not in file.parts}
         if not matched:
             raise CodeDigestError(f"code_digest: {pattern!r} matches no file below {root}; correct the pattern in workflow/rules")
-        files |= matched
+        files = files - matched if pattern.startswith("!") else files | matched
     return file_digest(*sorted(files), root=root)
 
 

@@ -105,6 +105,15 @@ def test_code_digest_follows_edits_names_and_nothing_else(tmp_path):
     assert len({first, edited, code_digest("*.py", root=tmp_path)}) == 3
 
 
+def test_code_digest_leaves_out_what_is_named(tmp_path):
+    (tmp_path / "a.py").write_text("1")
+    alone = code_digest("*.py", root=tmp_path)
+    (tmp_path / "b.py").write_text("2")
+    assert code_digest("*.py", "!b.py", root=tmp_path) == alone
+    with pytest.raises(CodeDigestError, match=r"'!c\.py' matches no file"):
+        code_digest("*.py", "!c.py", root=tmp_path)
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path):
     with pytest.raises(CodeDigestError, match=r"'nowhere/\*\.py' matches no file"):
         code_digest("nowhere/*.py", root=tmp_path)

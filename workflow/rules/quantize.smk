@@ -15,6 +15,7 @@ rule quantize:
         code=code_digest(
             "qvsr/stages/quantize.py",
             "qvsr/quant/**/*.py",
+            "!qvsr/quant/cost.py",
             "qvsr/quantvsr.py",
             "qvsr/kernels/**/*.py",
             "qvsr/data/calibration.py",

@@ -14,7 +14,8 @@ rule restore:
     params:
         settings=plan.digest("backbone", "sampling", "seed", "threads"),
         code=code_digest(
-            "qvsr/stages/restore.py", "qvsr/data/clips.py", "qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py"
+            "qvsr/stages/restore.py", "qvsr/data/clips.py", "qvsr/models/**/*.py", "qvsr/quant/**/*.py",
+            "!qvsr/quant/cost.py", "qvsr/kernels/**/*.py"
         ),
     shell:
         "python -m qvsr restore --config {input.config} --method {wildcards.method} --bits {wildcards.bits}"

@@ -1,0 +1,52 @@
+"""The pictures of a run: one frame side by side, and fidelity by bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qvsr import plan, results
+from qvsr.config import Config
+from qvsr.data.clips import read_clip
+from qvsr.provenance import atomic_path
+
+
+def run(config: Config, measured: Sequence[Path], out: Path) -> None:
+    """Write all pictures into one folder.
+
+    Args:
+        measured: JSON-lines files of the measure stage, every clip of every row. The frames are read from the run's own folders.
+    """
+    from qvsr.report.figures import by_bits, comparison
+
+    rows = results.read(*measured)
+    shown = "psnr_fp" if "psnr_fp" in config.metrics else config.metrics[0]
+    with atomic_path(out) as partial:
+        partial.mkdir()
+        dataset, clip = plan.Plan(config).picture()
+        panels, frame = comparison_panels(config, rows, dataset, clip)
+        comparison(partial / "comparison.png", panels, caption=f"{dataset}/{clip}, frame {frame}")
+        if config.methods:
+            by_bits(partial / f"{shown}.png", rows, shown, config.methods)
+
+
+def comparison_panels(config: Config, rows: Sequence[results.Row], dataset: str, clip: str) -> tuple[list, int]:
+    """Panels for the middle frame of a clip: ground truth, bicubic, full precision, each method at the lowest bits.
+
+    Returns:
+        the panels and the number of the frame.
+    """
+    from qvsr.report.figures import Panel, frame_value, lowest_bits
+
+    ground_truth = read_clip(config.output / "clips" / dataset / "GT" / clip).frames_THWC
+    frame = len(ground_truth) // 2
+    panels = [Panel("ground truth", ground_truth[frame])]
+    lowest = lowest_bits(config.bits)
+    for method, bits in plan.Plan(config).rows():
+        if bits not in (plan.UNQUANTIZED_BITS, lowest):
+            continue
+        restored = read_clip(config.output / "restored" / dataset / f"{method}-{bits}" / clip).frames_THWC
+        value = frame_value(rows, "psnr", dataset, clip, method, bits, frame) if "psnr" in config.metrics else None
+        label = method.replace("_", " ") + ("" if method in plan.UNQUANTIZED else f" {bits}")
+        panels.append(Panel(label, restored[frame], value))
+    return panels, frame

@@ -1,0 +1,56 @@
+"""One method at one bit width: the quantized U-Net as a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qvsr.config import Config, QuantSpec, parse_bits
+from qvsr.provenance import code_digest
+from qvsr.registry import BASELINES
+
+CODE = ("qvsr/quant/**/*.py", "qvsr/quantvsr.py", "qvsr/kernels/**/*.py", "baselines/*.py")
+
+
+class QuantizeStageError(ValueError):
+    """What was asked for cannot be quantized; the message says what would work."""
+
+
+def run(config: Config, method: str, bits: str, calibration: Path, out: Path) -> None:
+    """Quantize the backbone's U-Net.
+
+    Args:
+        method: a registered method; the package `baselines` must have been imported.
+        bits: such as W4A4.
+        calibration: folder written by the calibrate stage.
+        out: the checkpoint, safetensors; its header holds every setting that made it.
+    """
+    from qvsr.data.calibration import CalibrationSet
+    from qvsr.models.checkpoints import load_backbone
+    from qvsr.quant import checkpoint
+
+    quantize = BASELINES[method]
+    weight_bits, act_bits = parse_bits(bits)
+    if 32 in (weight_bits, act_bits):
+        raise QuantizeStageError(f"{method} {bits}: nothing to quantize; bits from 2 to 8 are, such as W4A4")
+    own = getattr(config.method, method, None)
+    spec = QuantSpec(
+        method=method,
+        weight_bits=weight_bits,
+        act_bits=act_bits,
+        exclude=config.method.exclude,
+        settings=own.model_dump(mode="json") if own is not None else {},
+        seed=config.seed,
+    )
+    backbone = load_backbone(config.backbone)
+    samples = CalibrationSet(calibration, backbone.structure)
+    unet = quantize(backbone.unet, samples, spec)
+    header = {
+        "method": method,
+        "bits": bits,
+        "backbone": config.backbone.name,
+        "weights": backbone.digest,
+        "spec": spec.model_dump(mode="json"),
+        "calibration": samples.digest,
+        "code": code_digest(*CODE),
+    }
+    checkpoint.save(unet, out, header)

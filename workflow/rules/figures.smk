@@ -1,0 +1,16 @@
+rule figures:
+    input:
+        config=ancient("<results>/config.json"),
+        measured=plan.measured(),
+        frames=plan.picture_frames(),
+    output:
+        directory("<results>/figures"),
+    log:
+        "<results>/logs/figures.log",
+    conda:
+        "../../environment.yml"
+    params:
+        settings=plan.digest("methods", "metrics", "bits", "picture"),
+        code=code_digest("qvsr/stages/figures.py", "qvsr/report/*.py", "qvsr/results.py", "qvsr/data/clips.py"),
+    shell:
+        "python -m qvsr figures --config {input.config} --out {output} {input.measured} > {log} 2>&1"

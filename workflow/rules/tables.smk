@@ -1,0 +1,19 @@
+rule tables:
+    input:
+        config=ancient("<results>/config.json"),
+        weights=plan.weights(),
+        checkpoints=[file for method, bits in plan.rows() for file in plan.checkpoint(method, bits)],
+        measured=plan.measured(),
+    output:
+        directory("<results>/tables"),
+    log:
+        "<results>/logs/tables.log",
+    conda:
+        "../../environment.yml"
+    threads: plan.config.threads
+    params:
+        checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
+        settings=plan.digest("methods", "metrics", "sampling.tile"),
+        code=code_digest("qvsr/stages/tables.py", "qvsr/report/tables.py", "qvsr/results.py", "qvsr/quant/cost.py"),
+    shell:
+        "python -m qvsr tables --config {input.config} --out {output} {params.checkpoints} {input.measured} > {log} 2>&1"
