@@ -58,8 +58,9 @@ def test_pipeline() -> None:
         rounding="truncate",
     )
     lq = tensors["lq"].permute(0, 3, 1, 2).float() / 255
-    upscaled = network_frames(lq[:1], sampling.upscale)[0].permute(1, 2, 0)
-    assert_close(upscaled, tensors["upscaled_frame0"], meta, "upscaled_frame0")
+    for name in (name for name in tensors if name.startswith("upscaled_frame")):
+        frame = lq[[int(name.removeprefix("upscaled_frame"))]]
+        assert_close(network_frames(frame, sampling.upscale)[0].permute(1, 2, 0), tensors[name], meta, name)
 
     flow_inputs: list[torch.Tensor] = []
 
@@ -89,6 +90,6 @@ def test_pipeline() -> None:
     output = to_uint8(restored, sampling.rounding)
     assert output.shape == tensors["output"].shape
     difference = (output.int() - tensors["output"].int()).abs()
-    # The set says how many values flip when the same computation runs in float64; a hundred times that is still no error of ours.
+    # As many values as lie at a rounding boundary flip: the set counts them for the same computation in float64, where errors are smaller.
     assert difference.max() <= 1
-    assert difference.count_nonzero() <= max(100 * meta["values_of_output_that_differ_in_float64"], 20)
+    assert difference.count_nonzero() <= 20 + 10 * meta["values_of_output_that_differ_in_float64"]
