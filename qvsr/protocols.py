@@ -67,7 +67,9 @@ class Protocol(Settings):
                 raise ProtocolError(f"protocol {self.name}, {metric.name}: {suggest('option', name, taken)}")
         for name in taken:
             if name not in given:
-                raise ProtocolError(f"protocol {self.name}, {metric.name}: option {name} is not fixed; add it to config/protocols/{self.name}.yaml")
+                raise ProtocolError(
+                    f"protocol {self.name}, {metric.name}: option {name} is not fixed; add it to config/protocols/{self.name}.yaml"
+                )
         return dict(given)
 
     def signature(self, metric: str) -> str:

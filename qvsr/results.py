@@ -130,7 +130,9 @@ def measure_clip(
         reference = {"gt": gt_TCHW, "fp": fp_TCHW, "none": None}[needs]
         if needs != "none" and reference is None:
             what = "the ground truth" if needs == "gt" else "the full-precision output"
-            raise ResultError(f"{context.dataset}/{context.clip}: {name} needs {what}, which is not given; leave {name} out of metrics or give it")
+            raise ResultError(
+                f"{context.dataset}/{context.clip}: {name} needs {what}, which is not given; leave {name} out of metrics or give it"
+            )
         try:
             values = metric(pred_TCHW, **options) if needs == "none" else metric(pred_TCHW, reference, **options)
         except ValueError as error:
@@ -265,7 +267,9 @@ def describe(key: Sequence[str]) -> str:
 def _summary(key: tuple[str, ...], by_clip: dict[str, Row], expected: dict[str, int]) -> Summary:
     missing = sorted(set(expected) - set(by_clip))
     if missing:
-        raise ResultError(f"{describe(key)}: no value for clip {', '.join(missing)}, which others have; nothing is left out of a mean, measure it")
+        raise ResultError(
+            f"{describe(key)}: no value for clip {', '.join(missing)}, which others have; nothing is left out of a mean, measure it"
+        )
     for what in ("signature", "seed", "limit"):
         found = sorted({str(getattr(row, what)) for row in by_clip.values()})
         if len(found) > 1:
@@ -273,4 +277,8 @@ def _summary(key: tuple[str, ...], by_clip: dict[str, Row], expected: dict[str, 
     rows = [by_clip[clip] for clip in sorted(by_clip)]
     values = [row.value for row in rows]
     low, high = interval(values)
-    return Summary(*key, mean(values), low, high, len(rows), sum(row.frames for row in rows), rows[0].signature, rows[0].limit)
+    backbone, dataset, method, bits, execution, metric = key
+    frames = sum(row.frames for row in rows)
+    return Summary(
+        backbone, dataset, method, bits, execution, metric, mean(values), low, high, len(rows), frames, rows[0].signature, rows[0].limit
+    )

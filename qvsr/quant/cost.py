@@ -190,7 +190,7 @@ def count(network: nn.Module, *inputs: Any) -> Facts:
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    return layer.geometry.weight_shape if isinstance(layer, QuantLayer) else tuple(layer.weight.shape)  # type: ignore[union-attr,arg-type]
+    return layer.geometry.weight_shape if isinstance(layer, QuantLayer) else tuple(layer.weight.shape)  # type: ignore[arg-type]
 
 
 def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> LayerFact:
@@ -276,7 +276,9 @@ def cost(facts: Facts, method: str, bits: str) -> Cost:
         params += layer.weights * own[0] + layer.bias * nominal_weight + layer.branch_params * FULL
         macs += layer.macs * own[1] + bias_additions * nominal + layer.branch_macs * FULL
         exact_params += layer.weights * layer.weight_bits + (layer.bias + layer.branch_params) * FULL + layer.side_bits
-        exact_macs += layer.macs * max(layer.weight_bits, layer.act_bits) + (bias_additions + layer.branch_macs + layer.rotation_macs) * FULL
+        exact_macs += (
+            layer.macs * max(layer.weight_bits, layer.act_bits) + (bias_additions + layer.branch_macs + layer.rotation_macs) * FULL
+        )
     quantized = [layer for layer in facts.layers if layer.quantized]
     return Cost(
         method,
@@ -293,7 +295,9 @@ def cost(facts: Facts, method: str, bits: str) -> Cost:
     )
 
 
-def example_inputs(settings: UNetSettings, tile: int, context_tokens: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def example_inputs(
+    settings: UNetSettings, tile: int, context_tokens: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Zeros for one call of the U-Net: one segment of frames of a square latent tile, as the sampler calls it.
 
     Returns:

@@ -216,7 +216,10 @@ def _wide(group: Sequence[Summary], style: Style) -> list[list[list[str]]]:
     blocks: dict[str, list[list[str]]] = {}
     for (method, bits, execution), values in lines.items():
         label = style.text(method + (f" ({execution})" if several and method not in REFERENCES else ""))
-        cells = [_cell(values.get(name), [v for (m, b, _), v in lines.items() if b == bits and m not in REFERENCES], method, style, name) for name in names]
+        cells = [
+            _cell(values.get(name), [v for (m, b, _), v in lines.items() if b == bits and m not in REFERENCES], method, style, name)
+            for name in names
+        ]
         block = "" if method in REFERENCES else bits
         blocks.setdefault(block, []).append(["–" if method == "bicubic" else bits, label, *cells])
     return [[header], *blocks.values()]
@@ -297,7 +300,7 @@ def _cost_notes(call: str) -> list[str]:
     return [
         f"The U-Net alone, in 32-bit equivalents; MACs are multiply-accumulates of one call: {call}.",
         "Params and MACs as published: everything × b/32 plus the 32-bit low-rank branch, bias additions counted, attention products and rotations not.",
-        "Exact: every number at the precision it is really kept or multiplied in, unquantized layers, scales, attention products and (dense) rotations counted.",
+        "Exact: every number at the precision it is kept or multiplied in; unquantized layers, scales, attention products and (dense) rotations counted.",
     ]
 
 
@@ -307,8 +310,8 @@ def _cost_blocks(lines: Sequence[dict[str, object]], style: Style) -> list[list[
     header += ["Exact params (M)", "Exact MACs (G)", "Attention (G)", "Rotation (G)"]
     blocks: dict[str, list[list[str]]] = {}
     for line in lines:
-        columns = (("params_m", 3), ("params_saved_pct", 1), ("macs_g", 3), ("macs_saved_pct", 1), ("rank_mean", 1))
-        columns += (("params_exact_m", 3), ("macs_exact_g", 3), ("attention_macs_g", 3), ("rotation_macs_g", 3))
+        columns = [("params_m", 3), ("params_saved_pct", 1), ("macs_g", 3), ("macs_saved_pct", 1), ("rank_mean", 1)]
+        columns += [("params_exact_m", 3), ("macs_exact_g", 3), ("attention_macs_g", 3), ("rotation_macs_g", 3)]
         cells = ["–" if line[name] is None else f"{line[name]:.{digits}f}" for name, digits in columns]
         if line["method"] in REFERENCES:
             cells[1] = cells[3] = cells[4] = "–"
@@ -333,7 +336,11 @@ def _markdown_table(blocks: Sequence[Sequence[Sequence[str]]], left: int) -> lis
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+        return (
+            "| "
+            + " | ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+            + " |"
+        )
 
     rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return [row(lines[0]), rule, *(row(line) for line in lines[1:])]
@@ -341,7 +348,14 @@ def _markdown_table(blocks: Sequence[Sequence[Sequence[str]]], left: int) -> lis
 
 def _latex_table(blocks: Sequence[Sequence[Sequence[str]]], left: int, caption: str, label: str) -> list[str]:
     columns = "l" * left + "r" * (len(blocks[0][0]) - left)
-    out = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\label{{{label}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    out = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{caption}}}",
+        rf"\label{{{label}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+    ]
     for index, block in enumerate(blocks):
         out += [r"\midrule"] if index else []
         out += [" & ".join(cell.replace("–", "--") for cell in line) + r" \\" for line in block]

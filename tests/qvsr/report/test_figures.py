@@ -1,0 +1,100 @@
+"""Figures: exact pixels in the picture, the same bytes twice, what cannot be drawn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import metrics  # noqa: F401 (fills the registry)
+from qvsr import protocols
+from qvsr.report import figures
+from qvsr.report.figures import FigureError, Panel
+from qvsr.results import ResultError, Row
+
+STRICT = protocols.read("strict-v1")
+
+
+def frame(seed: int = 0, height: int = 96, width: int = 128) -> np.ndarray:
+    image = np.full((height, width, 3), 90, np.uint8)
+    image[16:80, 40:104] = np.random.default_rng(seed).integers(0, 256, (64, 64, 3))  # detail in one place only
+    return image
+
+
+def rows(values: dict[tuple[str, str], list[float]], metric: str = "psnr_fp") -> list[Row]:
+    return [
+        Row(
+            backbone="mgld-mini", method=method, bits=bits, seed=42, dataset="real", clip=f"clip{i}", metric=metric, value=value,
+            per_frame=(value - 1, value + 1), frames=2, signature=STRICT.signature(metric),
+        )
+        for (method, bits), clips in values.items()
+        for i, value in enumerate(clips)
+    ]  # fmt: skip
+
+
+FIDELITY = {
+    ("full_precision", "W32A32"): [math.inf, math.inf],
+    ("maxmin", "W8A8"): [50.0, 52.0], ("maxmin", "W4A4"): [29.0, 31.0],
+    ("quantvsr", "W8A8"): [51.0, 52.0], ("quantvsr", "W4A4"): [39.0, 42.0],
+}  # fmt: skip
+
+
+def test_detail_is_found() -> None:
+    assert figures.detailed_crop(frame(), 64) == (16, 40)
+    assert figures.detailed_crop(np.zeros((64, 64, 3), np.uint8), 32) == (0, 0)
+    with pytest.raises(FigureError, match="a crop of 65 pixels does not fit into frames of 64x64"):
+        figures.detailed_crop(np.zeros((64, 64, 3), np.uint8), 65)
+
+
+def test_every_pixel_of_a_crop_becomes_a_square(tmp_path: Path) -> None:
+    panels = [Panel("ground truth", frame()), Panel("bicubic", frame(1), 24.0), Panel("maxmin W4A4", frame(2), math.inf)]
+    figures.comparison(tmp_path / "c.png", panels, "real/bikes, frame 0", crop=64, zoom=3)
+    image = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
+    for panel in panels:
+        enlarged = panel.frame_HWC[16:80, 40:104].repeat(3, 0).repeat(3, 1)
+        windows = [x for x in range(image.shape[1] - 191) if np.array_equal(image[12 : 12 + 192, x : x + 192], enlarged)]
+        assert len(windows) == 1, panel.label
+
+
+def test_more_panels_continue_below(tmp_path: Path) -> None:
+    panels = [Panel(f"method {i}", frame(i), 20.0) for i in range(7)]
+    figures.comparison(tmp_path / "seven.png", panels)
+    figures.comparison(tmp_path / "five.png", panels[:5])
+    seven, five = Image.open(tmp_path / "seven.png"), Image.open(tmp_path / "five.png")
+    assert seven.width == five.width and seven.height > 1.8 * five.height
+
+
+def test_the_same_bytes_twice(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        figures.comparison(tmp_path / f"{name}.png", [Panel("ground truth", frame()), Panel("bicubic", frame(1), 24.0)], "caption")
+        figures.by_bits(tmp_path / f"{name}-bits.png", rows(FIDELITY)[:: 1 if name == "a" else -1])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a-bits.png").read_bytes() == (tmp_path / "b-bits.png").read_bytes()
+    assert not Image.open(tmp_path / "a.png").text  # no software, no date
+
+
+def test_a_value_changes_the_figure(tmp_path: Path) -> None:
+    figures.by_bits(tmp_path / "a.png", rows(FIDELITY))
+    figures.by_bits(tmp_path / "b.png", rows(FIDELITY | {("quantvsr", "W4A4"): [36.0, 39.0]}))
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_values_of_one_frame_come_from_the_rows() -> None:
+    assert figures.frame_value(rows(FIDELITY), "psnr_fp", "real", "clip1", "maxmin", "W4A4", 1) == 32.0
+    with pytest.raises(FigureError, match="no psnr of frame 0 of real/clip1 by maxmin W4A4 among the results; measure it with psnr first"):
+        figures.frame_value(rows(FIDELITY), "psnr", "real", "clip1", "maxmin", "W4A4", 0)
+
+
+def test_what_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(FigureError, match="needs at least one panel"):
+        figures.comparison(tmp_path / "x.png", [])
+    with pytest.raises(FigureError, match="needs frames of one size, found"):
+        figures.comparison(tmp_path / "x.png", [Panel("a", frame()), Panel("b", frame(width=120))])
+    with pytest.raises(FigureError, match="no psnr_fp of a quantized method among the results; add psnr_fp to metrics"):
+        figures.by_bits(tmp_path / "x.png", rows({("full_precision", "W32A32"): [math.inf]}))
+    with pytest.raises(ResultError, match="no value for clip clip1"):
+        figures.by_bits(tmp_path / "x.png", rows(FIDELITY | {("maxmin", "W8A8"): [50.0]}))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,145 @@
+"""Tables: order, bold, subsets, escaping, and the same bytes for the same rows."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+import metrics  # noqa: F401 (fills the registry)
+from qvsr import protocols
+from qvsr.quant.cost import Cost
+from qvsr.report import tables
+from qvsr.results import ResultError, Row
+
+STRICT = protocols.read("strict-v1")
+METRIC_NAMES = ("psnr", "ewarp_dis", "psnr_fp")
+# psnr, ewarp_dis, psnr_fp of two clips
+VALUES = {
+    ("bicubic", "W32A32"): ((25.0, 1.0, 30.0), (27.0, 3.0, 32.0)),
+    ("full_precision", "W32A32"): ((24.0, 2.0, math.inf), (26.0, 4.0, math.inf)),
+    ("maxmin", "W8A8"): ((23.9, 2.0, 50.0), (25.9, 4.0, 52.0)),
+    ("quantvsr", "W8A8"): ((23.901, 2.1, 51.0), (25.901, 4.1, 53.0)),
+    ("maxmin", "W4A4"): ((20.0, 1.5, 28.0), (22.0, 3.5, 30.0)),
+    ("quantvsr", "W4A4"): ((23.0, 1.9, 39.0), (25.0, 3.9, 41.0)),
+}
+
+
+def rows(limit: int | None = None, dataset: str = "real_video") -> list[Row]:
+    return [
+        Row(
+            backbone="mgld-mini", method=method, bits=bits, seed=42, dataset=dataset, clip=clip, limit=limit, metric=metric, value=value, frames=10,
+            signature=STRICT.signature(metric),
+        )
+        for (method, bits), clips in VALUES.items()
+        for clip, values in zip(("bikes", "bunny"), clips, strict=True)
+        for metric, value in zip(METRIC_NAMES, values, strict=True)
+    ]  # fmt: skip
+
+
+def cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|") and not line.startswith("|-")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_wide_table_for_people() -> None:
+    text = tables.metrics_markdown(tables.ordered(rows(), metrics=METRIC_NAMES))
+    assert cells(text) == [
+        ["Bits", "Method", "psnr (dB) ↑", "ewarp_dis (×10⁻³) ↓", "psnr_fp (dB) ↑"],
+        ["–", "bicubic", "26.00", "2.00", "31.00"],  # best ewarp_dis of all, and not bold
+        ["W32A32", "full_precision", "25.00", "3.00", "inf"],
+        ["W8A8", "maxmin", "**24.90**", "**3.00**", "51.00"],  # 24.900 and 24.901 print alike: both bold
+        ["W8A8", "quantvsr", "**24.90**", "3.10", "**52.00**"],
+        ["W4A4", "maxmin", "21.00", "**2.50**", "29.00"],
+        ["W4A4", "quantvsr", "**24.00**", "2.90", "**40.00**"],
+    ]
+    assert text.startswith("### real_video, mgld-mini: 2 clips, 20 frames\n")
+    assert "limit=" not in text and "`psnr|strict-v1|impl:pyiqa-" in text
+
+
+def test_a_single_method_is_not_the_best_of_anything() -> None:
+    text = tables.metrics_markdown(tables.ordered(row for row in rows() if row.method != "maxmin"))
+    assert "**" not in text
+
+
+def test_a_subset_is_marked_everywhere(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, rows(limit=2))
+    markdown = (tmp_path / "metrics.md").read_text()
+    assert "2 clips, 20 frames, limit=2" in markdown and "not a result to quote" in markdown
+    assert "limit=2" in (tmp_path / "metrics.tex").read_text()
+    with (tmp_path / "metrics.csv").open() as file:
+        assert all(line["signature"].endswith("|limit:2") for line in csv.DictReader(file))
+
+
+def test_the_tidy_table_is_exact(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, rows())
+    with (tmp_path / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert ",".join(lines[0]) == "backbone,dataset,method,bits,execution,metric,value,low,high,clips,frames,signature"
+    assert len(lines) == len(VALUES) * 3
+    found = {(line["method"], line["bits"], line["metric"]): line for line in lines}
+    psnr = found["maxmin", "W4A4", "psnr"]
+    assert float(psnr["value"]) == 21.0 and (psnr["clips"], psnr["frames"]) == ("2", "20")
+    half = 12.706204736  # t of one degree of freedom times the standard error, which is 1
+    assert float(psnr["low"]) == pytest.approx(21 - half, rel=1e-9) and float(psnr["high"]) == pytest.approx(21 + half, rel=1e-9)
+    infinite = found["full_precision", "W32A32", "psnr_fp"]
+    assert (infinite["value"], infinite["low"], infinite["high"]) == ("inf", "", "")
+
+
+def test_the_same_bytes_whatever_the_order(tmp_path: Path) -> None:
+    everything = rows() + rows(dataset="other")
+    tables.write_metrics(tmp_path / "a", everything)
+    tables.write_metrics(tmp_path / "b", random.Random(3).sample(everything, len(everything)))
+    for name in ("metrics.csv", "metrics.md", "metrics.tex"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / "metrics.md").read_text().count("### ") == 2
+
+
+def test_a_missing_clip_is_an_error_not_a_smaller_mean(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="quantvsr W4A4 .* no value for clip bunny"):
+        tables.write_metrics(tmp_path / "t", [r for r in rows() if (r.method, r.bits, r.clip) != ("quantvsr", "W4A4", "bunny")])
+
+
+def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, rows(dataset="50%_a&b"))
+    text = (tmp_path / "metrics.tex").read_text()
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert r"50\%\_a\&b" in body and r"full\_precision" in body and r"\textbf{24.90}" in body and r"$\infty$" in body
+    assert body.count("{") == body.count("}") and body.count("$") % 2 == 0 and "↑" not in body and "×" not in body
+    lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 1 + len(VALUES) and {line.count(" & ") for line in lines} == {4}
+
+
+def test_order_of_rows() -> None:
+    methods = ["svdquant", "maxmin", "quantvsr", "bicubic", "full_precision"]
+    keys = [(m, b) for m in methods[:3] for b in ("W4A4", "W8A8", "W4A8")] + [("full_precision", "W32A32"), ("bicubic", "W32A32")]
+    assert sorted(keys, key=lambda key: tables.row_order(*key)) == [
+        ("bicubic", "W32A32"), ("full_precision", "W32A32"),
+        ("maxmin", "W8A8"), ("svdquant", "W8A8"), ("quantvsr", "W8A8"),
+        ("maxmin", "W4A8"), ("svdquant", "W4A8"), ("quantvsr", "W4A8"),
+        ("maxmin", "W4A4"), ("svdquant", "W4A4"), ("quantvsr", "W4A4"),
+    ]  # fmt: skip
+    listed = sorted(keys, key=lambda key: tables.row_order(*key, methods=["quantvsr", "maxmin", "svdquant"]))
+    assert [m for m, b in listed if b == "W8A8"] == ["quantvsr", "maxmin", "svdquant"]
+
+
+def test_cost_tables(tmp_path: Path) -> None:
+    full = Cost("full_precision", "W32A32", 935.321287, 1880.74957, 315.134771, 0.0, 0.0, 935.321287, 2195.884341, 0, 354)
+    ours = Cost("quantvsr", "W4A4", 146.352601, 342.169216, 315.134771, 546.395095, 24.0, 148.748823, 1205.058836, 351, 354)
+    tables.write_cost(tmp_path / "a", [ours, full], "5 frames")
+    tables.write_cost(tmp_path / "b", [full, ours], "5 frames")
+    for name in ("cost.csv", "cost.md", "cost.tex"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with (tmp_path / "a" / "cost.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first["method"] == "full_precision" and float(second["params_saved_pct"]) == pytest.approx(
+        100 * (1 - 146.352601 / 935.321287), abs=1e-6
+    )
+    assert second["rank_mean"] == "24.000000" and second["quantized_layers"] == "351"
+    table = cells((tmp_path / "a" / "cost.md").read_text())
+    assert table[2][:7] == ["W4A4", "quantvsr", "146.353", "84.4", "342.169", "81.8", "24.0"]
+    assert table[1][3] == table[1][5] == table[1][6] == "–"
+    assert "5 frames" in (tmp_path / "a" / "cost.tex").read_text() and r"saved (\%)" in (tmp_path / "a" / "cost.tex").read_text()

@@ -1,0 +1,65 @@
+"""Protocols fix every option of every metric, and say so in a signature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import metrics  # noqa: F401 (fills the registry)
+from qvsr import protocols
+from qvsr.protocols import ProtocolError
+from qvsr.registry import METRICS
+
+
+def changed(tmp_path: Path, **changes: object) -> protocols.Protocol:
+    data = yaml.safe_load((protocols.FOLDER / "strict-v1.yaml").read_text())
+    for key, value in changes.items():
+        if key == "name":
+            data["name"] = value
+        else:
+            data["metrics"][key] |= value
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return protocols.read(file)
+
+
+def test_strict_v1_covers_every_metric_and_fits_what_is_installed() -> None:
+    strict = protocols.read("strict-v1")
+    assert set(strict.metrics) == set(METRICS)
+    for name in METRICS:
+        strict.options(METRICS[name])
+        strict.check_installed(name)
+
+
+def test_signatures_differ_where_options_do(tmp_path: Path) -> None:
+    strict, other = protocols.read("strict-v1"), changed(tmp_path, ssim={"options": {"colour": "y", "crop": 0}})
+    differ = [name for name in METRICS if strict.signature(name) != other.signature(name)]
+    assert differ == ["ssim"] and "|colour:y|" in other.signature("ssim")
+
+
+def test_options_are_complete_and_known(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match="strict-v1, psnr: option eps is not fixed; add it to config/protocols/strict-v1.yaml"):
+        changed(tmp_path, psnr={"options": {"colour": "rgb", "crop": 0}}).options(METRICS["psnr"])
+    with pytest.raises(ProtocolError, match="strict-v1, gmsd: no option 'color'"):
+        changed(tmp_path, gmsd={"options": {"color": "rgb"}}).options(METRICS["gmsd"])
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ProtocolError, match=r"psnr is defined with pyiqa 0.1.10, found \d.*: install that version, or write a protocol of another name"
+    ):
+        changed(tmp_path, psnr={"implementation": "pyiqa==0.1.10"}).check_installed("psnr")
+
+
+def test_what_is_no_protocol(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match="no protocol 'strict-v2'; did you mean strict-v1"):
+        protocols.read("strict-v2")
+    file = tmp_path / "broken.yaml"
+    file.write_text("name: x\nrange: '0-255'\nrounding: round\nframes: all\naverage: frames-then-clips\nmetrics: {}\n")
+    with pytest.raises(ProtocolError, match="broken.yaml: range is '0-255'; known: 0-1"):
+        protocols.read(file)
+    file.write_text("a: [")
+    with pytest.raises(ProtocolError, match="broken.yaml: not YAML"):
+        protocols.read(file)

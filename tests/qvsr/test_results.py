@@ -1,0 +1,158 @@
+"""Result rows: what is stored, what is refused, means and intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import metrics  # noqa: F401 (fills the registry)
+from qvsr import protocols, results
+from qvsr.results import Context, ResultError, Row
+
+STRICT = protocols.read("strict-v1")
+CONTEXT = Context(backbone="mgld-mini", method="maxmin", bits="W4A4", seed=42, dataset="real", clip="bikes")
+
+
+def row(value: float = 24.5, **changes: object) -> Row:
+    facts = CONTEXT.model_dump() | {"metric": "psnr", "value": value, "frames": 10, "signature": STRICT.signature("psnr")} | changes
+    return Row(**facts)
+
+
+def clip(seed: int, frames: int = 3) -> torch.Tensor:
+    return torch.rand((frames, 3, 64, 72), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_clip_is_measured_by_every_metric_of_the_protocol() -> None:
+    names = ["psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"]
+    pred, gt = clip(0), (clip(0) * 0.99)
+    rows = results.measure_clip(pred, gt, pred, names, CONTEXT, STRICT)
+    assert [r.metric for r in rows] == names
+    by_name = {r.metric: r for r in rows}
+    assert [len(r.per_frame) for r in rows] == [3, 3, 3, 2, 3, 3] and {r.frames for r in rows} == {3}
+    assert by_name["psnr"].value == pytest.approx(sum(by_name["psnr"].per_frame) / 3)
+    assert by_name["psnr_fp"].value == math.inf and by_name["ssim_fp"].value == pytest.approx(1.0, abs=1e-12)
+    assert by_name["psnr"].signature.startswith("psnr|strict-v1|impl:pyiqa-") and "colour:rgb" in by_name["ssim"].signature
+
+
+def test_frames_that_a_metric_needs_and_does_not_get() -> None:
+    with pytest.raises(ResultError, match="real/bikes: psnr_fp needs the full-precision output, which is not given"):
+        results.measure_clip(clip(0), clip(1), None, ["psnr_fp"], CONTEXT, STRICT)
+    with pytest.raises(ResultError, match="real/bikes: psnr needs the ground truth"):
+        results.measure_clip(clip(0), None, None, ["psnr"], CONTEXT, STRICT)
+    assert results.measure_clip(clip(0), None, None, ["ewarp_dis"], CONTEXT, STRICT)[0].frames == 3
+
+
+def test_errors_of_a_metric_name_the_clip_and_an_unknown_metric_is_corrected() -> None:
+    with pytest.raises(ValueError, match=r"real/bikes, maxmin W4A4: psnr: prediction is \(3, 3, 64, 72\), target \(2, 3, 64, 72\)"):
+        results.measure_clip(clip(0), clip(0, 2), None, ["psnr"], CONTEXT, STRICT)
+    with pytest.raises(ValueError, match="no metric 'psrn'; did you mean psnr"):
+        results.measure_clip(clip(0), clip(0), None, ["psrn"], CONTEXT, STRICT)
+
+
+def test_lines_are_json_and_come_back_the_same(tmp_path: Path) -> None:
+    rows = [
+        row(),
+        row(math.inf, metric="psnr_fp", per_frame=(math.inf, 50.0), limit=2, provenance={"git": "abc"}),
+        row(1 / 3, clip="bunny"),
+    ]
+    results.write(tmp_path / "a.jsonl", rows)
+    assert results.read(tmp_path / "a.jsonl") == rows
+    plain = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert plain[1]["value"] == "inf" and plain[1]["per_frame"] == ["inf", 50.0]  # strict JSON has no infinity
+    results.append(tmp_path / "a.jsonl", [row(clip="carphone")])
+    assert [r.clip for r in results.read(tmp_path / "a.jsonl")] == ["bikes", "bikes", "bunny", "carphone"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_nan_is_no_result() -> None:
+    with pytest.raises(ValidationError, match="NaN is no result"):
+        row(math.nan)
+    with pytest.raises(ValidationError, match="is not the mean of per_frame"):
+        row(2.0, per_frame=(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], r"line 2: not JSON"),
+        (lambda text: text.replace('"metric"', '"metrik"'), r"line 1: not a result row: metric: Field required"),
+        (
+            lambda text: text.replace('"frames": 10', '"frames": 0'),
+            r"line 1: not a result row: frames: Input should be greater than or equal to 1",
+        ),
+        (lambda text: text.replace("24.5", '"many"'), r"line 1: not a result row: value: Input should be a valid number"),
+        (lambda text: "[]\n" + text, r"line 1: not a result row"),
+        (lambda text: "", r"empty; delete it and measure again"),
+    ],
+)
+def test_damaged_files_are_named_with_line_and_reason(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "m.jsonl"
+    text = row().line() + "\n" + row(clip="bunny").line() + "\n"
+    if "line 2" in message:
+        file.write_text(text[: len(text) * 3 // 4])  # what a killed writer would leave
+    else:
+        file.write_text(damage(text))
+    with pytest.raises(ResultError, match=rf"m\.jsonl.*{message}"):
+        results.read(file)
+    with pytest.raises(ResultError, match="no such file; the measure stage writes it"):
+        results.read(tmp_path / "none.jsonl")
+
+
+def test_interval_is_scipy_s() -> None:
+    values = [24.1, 25.9, 23.3, 27.2]
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert results.interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert results.interval([24.1]) == (None, None) == results.interval([24.1, math.inf])
+    assert results.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_mean_over_frames_then_over_clips() -> None:
+    short, long = row(10.0, clip="a", frames=2), row(20.0, clip="b", frames=8)
+    (summary,) = results.aggregate([short, long])
+    assert (summary.value, summary.clips, summary.frames) == (15.0, 2, 10)  # not weighted by frames
+
+
+def test_an_infinite_clip_makes_an_infinite_mean_without_interval() -> None:
+    (summary,) = results.aggregate([row(30.0, clip="a"), row(math.inf, clip="b")])
+    assert summary.value == math.inf and summary.low is None and summary.high is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), seed=st.integers(0, 1000))
+def test_the_order_of_clips_and_files_does_not_matter(values: list[float], seed: int) -> None:
+    rows = [row(value, clip=f"clip{i}", method=method) for i, value in enumerate(values) for method in ("maxmin", "quantvsr")]
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    whole = results.aggregate(rows)
+    assert results.aggregate(shuffled) == whole
+    assert results.aggregate([*shuffled[len(rows) // 2 :], *shuffled[: len(rows) // 2]]) == whole  # merged shards
+    assert whole[0].value == pytest.approx(float(np.mean(values)), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no result rows"),
+        ([row(), row()], r"real, maxmin W4A4 \(mgld-mini, simulated\), psnr: clip bikes is there twice"),
+        (
+            [row(), row(clip="b"), row(method="quantvsr")],
+            "quantvsr W4A4 .* psnr: no value for clip b, which others have; nothing is left out",
+        ),
+        ([row(), row(clip="b", seed=43)], "rows of more than one seed: 42 and 43"),
+        ([row(), row(clip="b", signature="psnr|paper-v1")], "rows of more than one signature"),
+        ([row(), row(clip="b", limit=2)], "rows of more than one limit"),
+        ([row(), row(method="quantvsr", frames=9)], "clip bikes has 9 frames, elsewhere 10"),
+    ],
+)
+def test_what_has_no_common_mean(rows: list[Row], message: str) -> None:
+    with pytest.raises(ResultError, match=message):
+        results.aggregate(rows)
