@@ -85,6 +85,17 @@ class Protocol(Settings):
         facts |= {"range": self.range, "rounding": self.rounding, "frames": self.frames, "average": self.average}
         return "|".join([metric, self.name, *(f"{key}:{value}" for key, value in facts.items())])
 
+    def check_saved(self, rounding: str) -> None:
+        """Refuse frames that were saved otherwise than the signature says.
+
+        Args:
+            rounding: how float frames became 8 bit, as in `sampling.rounding`.
+        """
+        if rounding != self.rounding:
+            raise ProtocolError(
+                f"sampling.rounding is {rounding}, protocol {self.name} measures frames saved with {self.rounding}: make them agree"
+            )
+
     def check_installed(self, metric: str) -> None:
         """Refuse to measure with another version than the signature says.
 

@@ -115,6 +115,8 @@ def comparison(path: Path, panels: Sequence[Panel], caption: str = "", crop: int
     shapes = {panel.frame_HWC.shape for panel in panels}
     if len(shapes) > 1:
         raise FigureError(f"the comparison picture needs frames of one size, found {sorted(shapes)}")
+    if any(panel.psnr is not None for panel in panels):
+        caption = f"{caption}; PSNR of the whole frame" if caption else "PSNR of the whole frame"
     crop = min(crop, *panels[0].frame_HWC.shape[:2])
     top, left = detailed_crop(panels[0].frame_HWC, crop)
     side, gap, margin, text = crop * zoom, 8, 12, 38  # pixels; `text` is the room for two lines below a crop

@@ -46,6 +46,13 @@ def test_options_are_complete_and_known(tmp_path: Path) -> None:
         changed(tmp_path, gmsd={"options": {"color": "rgb"}}).options(METRICS["gmsd"])
 
 
+def test_frames_saved_in_another_way_are_refused() -> None:
+    strict = protocols.read("strict-v1")
+    strict.check_saved("round")
+    with pytest.raises(ProtocolError, match="sampling.rounding is truncate, protocol strict-v1 measures frames saved with round"):
+        strict.check_saved("truncate")
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ProtocolError, match=r"psnr is defined with pyiqa 0.1.10, found \d.*: install that version, or write a protocol of another name"
