@@ -8,7 +8,6 @@ from golden import assert_close, load, under
 
 from metrics._warp import halve_and_pad, inconsistent, motion_boundary, occlusion, warp, warping_error
 
-
 ROUNDING = 1e-5  # a pixel nearer to a threshold than this may fall on the other side in another order of float32 sums
 FLIPS = 2  # so many of them at most, and only where the set says that there are such pixels
 
