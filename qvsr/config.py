@@ -174,6 +174,7 @@ class DatasetSettings(Settings):
     )
     path: Path | None = Field(None, description="folder; for 'paired' it holds GT/ and LQ/")
     frames: int = Field(10, ge=1, description="frames of a clip")
+    size: int = Field(128, ge=32, description="side in pixels of the clips made from photographs; videos are cut by clips.NAME.crop")
     clips: dict[str, ClipSettings] = Field(
         default_factory=dict, description="empty: every video or frame folder found, from its first frame"
     )

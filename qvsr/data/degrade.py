@@ -65,7 +65,12 @@ RECIPES: dict[str, dict[str, Any]] = {
                     "beta_plateau": [1.0, 2.0],
                 },
                 "resize": {"up": 0.2, "down": 0.7, "keep": 0.1, "scale": [0.15, 1.5], "interpolation": ["bilinear", "area", "bicubic"]},
-                "noise": {"gaussian_probability": 0.5, "gaussian_sigma": [1.0, 30.0], "poisson_scale": [0.05, 3.0], "gray_probability": 0.4},
+                "noise": {
+                    "gaussian_probability": 0.5,
+                    "gaussian_sigma": [1.0, 30.0],
+                    "poisson_scale": [0.05, 3.0],
+                    "gray_probability": 0.4,
+                },
                 "jpeg": {"quality": [30, 95]},
                 "codec": {"names": list(CODECS), "bitrate": [1e4, 1e5]},
             },
@@ -87,7 +92,12 @@ RECIPES: dict[str, dict[str, Any]] = {
                     "beta_plateau": [1.0, 2.0],
                 },
                 "resize": {"up": 0.3, "down": 0.4, "keep": 0.3, "scale": [0.3, 1.2], "interpolation": ["bilinear", "area", "bicubic"]},
-                "noise": {"gaussian_probability": 0.5, "gaussian_sigma": [1.0, 25.0], "poisson_scale": [0.05, 2.5], "gray_probability": 0.4},
+                "noise": {
+                    "gaussian_probability": 0.5,
+                    "gaussian_sigma": [1.0, 25.0],
+                    "poisson_scale": [0.05, 2.5],
+                    "gray_probability": 0.4,
+                },
                 "jpeg": {"quality": [30, 95]},
                 "codec": {"names": list(CODECS), "bitrate": [1e4, 1e5]},
             },
@@ -114,7 +124,9 @@ class Degradation(Protocol):
 # --- blur kernels -----------------------------------------------------------------------------------------------------
 
 
-def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, angle: float, *, beta: float = 1.0, plateau: bool = False) -> NDArray[np.float64]:
+def gaussian_kernel(
+    size: int, sigma_x: float, sigma_y: float, angle: float, *, beta: float = 1.0, plateau: bool = False
+) -> NDArray[np.float64]:
     """A blur kernel of the Gaussian family (arXiv 2107.10833, Eq. 2-4).
 
     Args:
@@ -255,7 +267,7 @@ def compress_jpeg(frames: Frames, quality: int) -> Frames:
     out = np.empty_like(frames)
     for index, frame in enumerate(to_uint8(frames)):
         _, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
-        out[index] = cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        out[index] = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1]
     return out / np.float32(255)
 
 
@@ -277,14 +289,16 @@ def compress_video(frames: Frames, codec: str, bitrate: float) -> Frames:
     buffer = io.BytesIO()
     try:
         with av.open(buffer, "w", format="mp4") as container:
-            stream = container.add_stream(codec, rate=24)
+            stream: Any = container.add_stream(codec, rate=24)
             stream.width, stream.height, stream.pix_fmt, stream.bit_rate = padded.shape[2], padded.shape[1], "yuv420p", int(bitrate)
             stream.codec_context.thread_count = 1
             for frame in padded:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     except (av.FFmpegError, ValueError) as error:
-        raise DegradationError(f"PyAV could not encode {width}x{height} with {codec}: {error}; use preset mild, or a PyAV with {codec}") from None
+        raise DegradationError(
+            f"PyAV could not encode {width}x{height} with {codec}: {error}; use preset mild, or a PyAV with {codec}"
+        ) from None
     buffer.seek(0)
     with av.open(buffer, "r") as container:
         container.streams.video[0].codec_context.thread_count = 1

@@ -44,11 +44,11 @@ class Photograph:
         while factors[-1] * math.sqrt(2) <= REDUCTION[1] and min(levels[-1].shape[:2]) >= 64:
             factor = factors[-1] * math.sqrt(2)
             size = (round(image.shape[1] / factor), round(image.shape[0] / factor))
-            levels.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+            levels.append(np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8))
             factors.append(factor)
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
         detail = cv2.resize(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), (32, 32), interpolation=cv2.INTER_AREA)
-        return cls(tuple(levels), tuple(factors), cv2.blur(detail, (9, 9)))
+        return cls(tuple(levels), tuple(factors), np.asarray(cv2.blur(detail, (9, 9)), dtype=np.float32))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def load_photograph(path: Path) -> Photograph:
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError(f"{path} cannot be read as an image; remove it, or replace it by a JPEG or PNG")
-    return Photograph.of(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+    return Photograph.of(np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8))
 
 
 def draw_motion(frames: int, rng: np.random.Generator, *, speed: float = 2.5, turn: float = 0.012, zoom: float = 0.012) -> Motion:
@@ -139,7 +139,10 @@ def _camera_frames(photograph: Photograph, camera: Motion, size: int, rng: np.ra
     corners = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * size / 2
     # Where the window's corners go over all frames, in pixels of the clip, around the first frame's centre.
     reach = np.concatenate(
-        [corners @ _rotation(angle).T / zoom + shift for shift, angle, zoom in zip(camera.shift_T2, camera.angle_T, camera.zoom_T, strict=True)]
+        [
+            corners @ _rotation(angle).T / zoom + shift
+            for shift, angle, zoom in zip(camera.shift_T2, camera.angle_T, camera.zoom_T, strict=True)
+        ]
     )
     low, high = reach.min(0), reach.max(0)
     fits = min(width / (high[0] - low[0]), height / (high[1] - low[1]))
@@ -156,19 +159,20 @@ def _camera_frames(photograph: Photograph, camera: Motion, size: int, rng: np.ra
         linear[:, 0] *= mirror
         where = (centre + shift * reduction + 0.5) / factor - 0.5 if factor > 1 else centre + shift * reduction
         offset = where - linear @ np.array([(side - 1) / 2, (side - 1) / 2])
-        out.append(
-            cv2.warpAffine(
-                level,
-                np.column_stack([linear, offset]),
-                (side, side),
-                flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-                borderMode=cv2.BORDER_REFLECT_101,
-            )
+        frame = cv2.warpAffine(
+            level,
+            np.column_stack([linear, offset]),
+            (side, side),
+            flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REFLECT_101,
         )
+        out.append(np.asarray(frame, dtype=np.uint8))
     return out
 
 
-def _pick_centre(photograph: Photograph, low: NDArray[np.float64], high: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+def _pick_centre(
+    photograph: Photograph, low: NDArray[np.float64], high: NDArray[np.float64], rng: np.random.Generator
+) -> NDArray[np.float64]:
     """Of up to five random places the one with most detail: half of a photograph is often sky or blur."""
     tries = rng.uniform(low, high, (int(rng.integers(1, 6)), 2))
     height, width = photograph.size

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qvsr.config import DegradationSettings, TrainingSettings
 from qvsr.data.degrade import degrade_clip, generator, recipe_digest
-from qvsr.provenance import atomic_path
 from qvsr.data.motion import Photograph, load_photograph, simulate_clip
+from qvsr.provenance import atomic_path
 
 FRAMES = 5
 UPSCALE = 4

@@ -235,7 +235,9 @@ def collect(folder: Path, packages: Iterable[str] = tuple(PACKAGES), *, progress
         for file, (author, licence) in source.files.items():
             path = unpacked / source.folder / file
             if not path.is_file():
-                raise PhotographError(f"{name} {version} from {source.release} has no {source.folder}/{file}; drop it from the list in {__name__}")
+                raise PhotographError(
+                    f"{name} {version} from {source.release} has no {source.folder}/{file}; drop it from the list in {__name__}"
+                )
             target = folder / f"{name}-{_slug(file)}.jpg"
             digest = reduce_photograph(path, target)
             rows.append(dict(zip(COLUMNS, (target.name, name, version, author, licence, digest), strict=True)))
@@ -272,8 +274,8 @@ def collect_folder(source: Path, folder: Path) -> list[Path]:
 def reduce_photograph(source: Path, target: Path) -> str:
     """Write ``source`` as RGB JPEG whose shorter side is at most 900 pixels; returns the sha256 of the written file."""
     Image.MAX_IMAGE_PIXELS = None  # the packages hold images of 40 megapixels, above Pillow's warning level
-    with Image.open(source) as image:
-        image = image.convert("RGB")
+    with Image.open(source) as opened:
+        image = opened.convert("RGB")
         factor = min(image.size) / SHORT_SIDE
         if factor > 1:
             image = image.resize((round(image.width / factor), round(image.height / factor)), Image.Resampling.LANCZOS)
@@ -302,7 +304,9 @@ def read_table(folder: Path) -> list[dict[str, str]]:
         if not photograph.is_file():
             raise PhotographError(f"{photograph} is listed in {path} but missing; collect photographs again")
         if hashlib.sha256(photograph.read_bytes()).hexdigest() != row["sha256"]:
-            raise PhotographError(f"{photograph} has changed since it was collected (sha256 differs from {path}); collect photographs again")
+            raise PhotographError(
+                f"{photograph} has changed since it was collected (sha256 differs from {path}); collect photographs again"
+            )
     return rows
 
 
@@ -345,7 +349,9 @@ def _mirror() -> str:
     lines = _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages", "Origin: Debian"]).splitlines()
     mirrors = [uri for uri, codename in (line.split(maxsplit=1) for line in lines if " " in line) if "security" not in uri + codename]
     if not mirrors:
-        raise PhotographError("apt knows no Debian mirror: run apt-get update on a Debian machine, or give a folder of your own photographs")
+        raise PhotographError(
+            "apt knows no Debian mirror: run apt-get update on a Debian machine, or give a folder of your own photographs"
+        )
     return mirrors[0]
 
 
