@@ -82,6 +82,10 @@ def settings_digest(config: Config, *keys: str) -> str:
         for part in key.split("."):
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
         values.append([key, value.model_dump(mode="json") if isinstance(value, settings.Settings) else value])
+    return _digest(values)
+
+
+def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -114,6 +118,15 @@ class Plan:
         """Digest of the settings that quantizing with one method reads; another method's do not count."""
         own = [f"method.{method}"] if method in type(self.config.method).model_fields else []
         return self.digest(*own, "method.exclude", "backbone", "seed", "threads")
+
+    def clip_digest(self, dataset: str, clip: str) -> str:
+        """Digest of the settings that one clip is made from; of the dataset's other clips only where their frames are in it."""
+        whole = self.config.datasets[dataset]
+        if whole.kind == "photographs":  # the next photograph moves in front of this one
+            return _digest([dataset, clip, whole.model_dump(mode="json")])
+        own = whole.clips.get(clip)
+        values = [whole.model_dump(mode="json", exclude={"clips", "limit"}), own.model_dump(mode="json") if own else None]
+        return _digest([dataset, clip, values])
 
     def weights(self) -> list[str]:
         """Weight files of the backbone that the stages read."""
@@ -158,6 +171,16 @@ class Plan:
     def checkpoint(self, method: str, bits: str) -> list[str]:
         """The quantized checkpoint that a restoration reads; none for what is not quantized."""
         return [] if method in UNQUANTIZED else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]
+
+
+def clip_name(folder: Path) -> str:
+    """``dataset/clip`` of a clip folder ``…/dataset/LQ/clip``: what its noise is keyed by.
+
+    >>> clip_name(Path("results/clips/real/LQ/bikes"))
+    'real/bikes'
+    """
+    folder = folder.absolute()
+    return f"{folder.parent.parent.name}/{folder.name}"
 
 
 def environment(root: Path = ROOT) -> None:

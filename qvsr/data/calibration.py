@@ -25,7 +25,7 @@ from qvsr.provenance import atomic_path
 if TYPE_CHECKING:
     from qvsr.models.checkpoints import Backbone
     from qvsr.models.flow import FlowFunction
-    from qvsr.models.pipeline import Observation
+    from qvsr.models.sampler import NetworkCall
 
 MANIFEST, CONTEXT, PLAN = "manifest.json", "context.safetensors", "plan.json"
 FORMAT = 1
@@ -189,9 +189,9 @@ def record(
         if quota and not _complete(folder, marker):
             written: list[str] = []
 
-            def keep(seen: Observation, name: str = name, written: list[str] = written) -> None:
-                if seen.call.step in steps:
-                    file = f"{_plain(name)}-s{seen.segment:03d}-p{seen.patch:02d}-t{seen.call.tile:02d}-i{seen.call.step:03d}.safetensors"
+            def keep(seen: NetworkCall, name: str = name, written: list[str] = written) -> None:
+                if seen.step in steps:
+                    file = f"{_plain(name)}-s{seen.segment:03d}-p{seen.patch:02d}-t{seen.tile:02d}-i{seen.step:03d}.safetensors"
                     _write_sample(folder / file, seen, name)
                     written.append(file)
 
@@ -233,10 +233,9 @@ def _complete(folder: Path, marker: Path) -> bool:
     return all((folder / file).is_file() and hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest for file, digest in files.items())
 
 
-def _write_sample(file: Path, seen: Observation, clip: str) -> None:
-    call = seen.call
-    tensors = {"x": call.x, "lq_latent": call.lq_latent, "out": call.output, "t": torch.tensor([call.timestep])}
-    facts = json.dumps({"clip": clip, "segment": seen.segment, "patch": seen.patch, "tile": call.tile, "step": call.step}, sort_keys=True)
+def _write_sample(file: Path, seen: NetworkCall, clip: str) -> None:
+    tensors = {"x": seen.x, "lq_latent": seen.lq_latent, "out": seen.output, "t": torch.tensor([seen.timestep])}
+    facts = json.dumps({"clip": clip, "segment": seen.segment, "patch": seen.patch, "tile": seen.tile, "step": seen.step}, sort_keys=True)
     with atomic_path(file) as temporary:
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, {"sample": facts})
 

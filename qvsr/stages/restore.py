@@ -7,9 +7,8 @@ from pathlib import Path
 
 from qvsr.config import Config
 from qvsr.data import clips
-from qvsr.plan import UNQUANTIZED
+from qvsr.plan import UNQUANTIZED, clip_name
 from qvsr.progress import progress
-from qvsr.provenance import atomic_path
 
 
 class RestoreStageError(ValueError):
@@ -38,7 +37,7 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
         raise RestoreStageError(f"method {method} needs {needs}")
     source = clips.read_clip(lq)
     name = clip_name(lq)
-    frames_TCHW = clips.read_frames_TCHW(lq)
+    frames_TCHW = torch.from_numpy(source.frames_THWC).permute(0, 3, 1, 2).float().div(255).contiguous()
     if method == "bicubic":
         pieces = [bicubic_upscale(frames_TCHW, config.sampling.upscale)]
     else:
@@ -50,22 +49,10 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
             if (header["method"], header["bits"]) != (method, bits):
                 raise RestoreStageError(f"{checkpoint} is {header['method']} {header['bits']}, not {method} {bits}")
             backbone = replace(backbone, unet=quantized.load(checkpoint, backbone.unet))
-        guided = config.sampling.guidance_scale != 0
-        flow = estimator(config.sampling.flow if guided else "none", config.backbone.flow_weights)
+        flow = estimator(config.sampling.flow, config.backbone.flow_weights)
         with progress(f"restore {name} {method} {bits}") as report:
             pieces = list(
                 restore_segments(backbone, frames_TCHW, config.sampling, KeyedNoise(config.seed, name), flow, progress=report, clip=name)
             )
     frames_THWC = torch.cat([to_uint8(piece, config.sampling.rounding) for piece in pieces]).numpy()
-    with atomic_path(out) as partial:
-        clips.write_clip(partial, frames_THWC, {"source": name, "fps": source.info["fps"], "method": method, "bits": bits})
-
-
-def clip_name(folder: Path) -> str:
-    """``dataset/clip`` of a clip folder ``…/dataset/LQ/clip``: what its noise is keyed by.
-
-    >>> clip_name(Path("results/clips/real/LQ/bikes"))
-    'real/bikes'
-    """
-    folder = folder.absolute()
-    return f"{folder.parent.parent.name}/{folder.name}"
+    clips.write_clip(out, frames_THWC, {"source": name, "fps": source.info.get("fps"), "method": method, "bits": bits})

@@ -9,8 +9,14 @@ rule clips:
     conda:
         "../../environment.yml"
     params:
-        settings=lambda wildcards: plan.digest(f"datasets.{wildcards.dataset}", "sampling.upscale"),
-        code=code_digest("qvsr/stages/clips.py", "qvsr/data/clips.py", "qvsr/data/datasets.py", "qvsr/data/degrade.py"),
+        settings=lambda wildcards: plan.clip_digest(wildcards.dataset, wildcards.clip),
+        code=code_digest(
+            "qvsr/stages/clips.py",
+            "qvsr/data/clips.py",
+            "qvsr/data/datasets.py",
+            "qvsr/data/degrade.py",
+            "qvsr/data/motion.py",
+        ),
     shell:
         "python -m qvsr clips --config {input.config} --dataset {wildcards.dataset} --clip {wildcards.clip}"
         " --gt {output.gt} --lq {output.lq} > {log} 2>&1"

@@ -12,8 +12,15 @@ rule measure:
         "../../environment.yml"
     threads: plan.config.threads
     params:
-        settings=plan.digest("metrics", "seed", "threads", "backbone.name"),
-        code=code_digest("qvsr/stages/measure.py", "qvsr/data/clips.py", "qvsr/results.py", "metrics/*.py"),
+        settings=plan.digest("metrics", "protocol", "seed", "threads", "backbone.name"),
+        code=code_digest(
+            "qvsr/stages/measure.py",
+            "qvsr/data/clips.py",
+            "qvsr/results.py",
+            "qvsr/protocols.py",
+            "config/protocols/*.yaml",
+            "metrics/*.py",
+        ),
     shell:
         "python -m qvsr measure --config {input.config} --pred {input.pred} --gt {input.gt} --fp {input.fp}"
         " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits} --out {output} > {log} 2>&1"

@@ -1,0 +1,42 @@
+"""Calibration samples from the full-precision run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from qvsr.config import Config
+from qvsr.plan import clip_name, settings_digest
+from qvsr.progress import progress
+from qvsr.provenance import atomic_path, code_digest
+
+CODE = ("qvsr/data/calibration.py", "qvsr/models/**/*.py")
+
+
+def run(config: Config, lq: Sequence[Path], out: Path) -> None:
+    """Record calibration samples; what a killed run has recorded with the same settings and code is kept.
+
+    Args:
+        lq: clip folders of LQ frames.
+        out: folder of samples and their manifest.
+    """
+    from qvsr.data.calibration import record
+    from qvsr.data.clips import read_frames_TCHW
+    from qvsr.models.checkpoints import load_backbone
+    from qvsr.models.flow import estimator
+
+    backbone = load_backbone(config.backbone)
+    flow = estimator(config.sampling.flow, config.backbone.flow_weights)
+    clips = [(clip_name(folder), read_frames_TCHW(folder)) for folder in lq]
+    # The workflow empties `out` before it calls again, so the recording has a folder of its own until it is complete.
+    key = f"{settings_digest(config, 'backbone', 'sampling', 'calibration', 'seed', 'threads')}{code_digest(*CODE)}{backbone.digest}"
+    recording = out.with_name(f".recording-{key}-{out.name}")
+    for old in recording.parent.glob(f".recording-*-{out.name}") if recording.parent.is_dir() else []:
+        if old != recording:
+            shutil.rmtree(old)
+    with progress("calibrate") as report:
+        record(backbone, clips, config.sampling, config.calibration, recording, config.seed, flow, report)
+    with atomic_path(out) as partial:
+        os.rename(recording, partial)

@@ -1,0 +1,77 @@
+"""The workflow does what it promises, twice the same, and after being killed too."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.workflow import tiny
+
+pytestmark = pytest.mark.xdist_group("workflow")
+
+ROWS = {("bicubic", "W32A32"), ("full_precision", "W32A32"), ("maxmin", "W4A4"), ("quantvsr", "W4A4")}
+
+
+def test_tables_have_every_row_and_metric(finished):
+    with (finished / "results" / "tables" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["method"], row["bits"]) for row in rows} == ROWS
+    assert {row["metric"] for row in rows} == {"psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"}
+    assert {(row["clips"], row["frames"]) for row in rows} == {("1", "3")}
+    fidelity = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "psnr_fp"}
+    assert fidelity["full_precision"] == float("inf")
+    assert fidelity["maxmin"] < 100  # quantization must have changed something
+    tables = {file.name for file in (finished / "results" / "tables").iterdir() if not file.name.startswith(".")}
+    assert tables == {f"{table}.{form}" for table in ("metrics", "cost") for form in ("csv", "md", "tex")}
+    assert (finished / "results" / "figures" / "comparison.png").stat().st_size > 1000
+
+
+def test_nothing_is_left_to_do_and_nothing_is_left_over(finished):
+    done = tiny.snakemake(finished, "--dry-run")
+    assert "Nothing to be done" in done.stdout + done.stderr
+    hidden = {file.name for file in (finished / "results").rglob(".*")}
+    assert hidden <= {".snakemake_timestamp"}
+
+
+def test_the_same_files_byte_for_byte_when_run_twice(finished, tmp_path):
+    again = tiny.make(tmp_path / "project")
+    done = tiny.snakemake(again)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compare(tiny.outputs(finished), tiny.outputs(again))
+
+
+def test_killed_three_times_and_resumed(finished, tmp_path):
+    """Twice everything dies at once (a machine that is switched off), once only Snakemake does and its jobs go on for a while."""
+    seed = int(os.environ.get("QVSR_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"QVSR_KILL_SEED={seed}")  # pytest shows it when the test fails
+    moments = random.Random(seed)
+    project = tiny.make(tmp_path / "project")
+    survivors = random.Random(seed + 1).randrange(3)
+    for kill in range(3):
+        running = subprocess.Popen(
+            tiny.snakemake_command(),
+            cwd=project,
+            env=tiny.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(moments.uniform(2.5, 14))
+        assert running.poll() is None, f"finished before it was killed for the {kill + 1}. time; QVSR_KILL_SEED={seed}"
+        if kill == survivors:
+            os.kill(running.pid, signal.SIGKILL)
+        else:
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    done = tiny.snakemake(project)
+    assert done.returncode == 0, f"QVSR_KILL_SEED={seed}\n{done.stdout}{done.stderr}"
+    compare(tiny.outputs(finished), tiny.outputs(project), f"QVSR_KILL_SEED={seed}")
+
+
+def compare(expected: dict[str, bytes], found: dict[str, bytes], note: str = "") -> None:
+    assert sorted(found) == sorted(expected), note
+    assert [name for name in expected if found[name] != expected[name]] == [], note

@@ -1,0 +1,150 @@
+"""A project of its own in a temporary folder: the real code and workflow, two clips of 64x64, a backbone with random weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from qvsr import config as settings
+from qvsr.provenance import ROOT
+
+COPIED = ("Snakefile", "profiles", "workflow", "config", "qvsr", "baselines", "metrics", "environment.yml")
+BACKBONE: dict[str, Any] = {
+    "name": "tiny",
+    "weights": "weights/tiny.safetensors",
+    "vae_weights": "weights/tiny-vae.safetensors",
+    "unet": {
+        "in_channels": 8,
+        "out_channels": 4,
+        "model_channels": 32,
+        "channel_mult": [1, 1],
+        "num_res_blocks": 1,
+        "attention_resolutions": [2],
+        "num_head_channels": 16,
+        "context_dim": 16,
+        "semb_channels": 32,
+        "spade_channels": 8,
+    },
+    "structure": {
+        "in_channels": 4,
+        "model_channels": 32,
+        "out_channels": 32,
+        "channel_mult": [1, 1],
+        "num_res_blocks": 1,
+        "attention_resolutions": [2],
+        "num_heads": 2,
+    },
+    "first_stage": {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 4, "embed_dim": 4},
+    "vae": {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 4, "embed_dim": 4},
+    "scale_factor": 1.0,
+    "share_encoder": True,
+    "concat_lq": True,
+    "context_tokens": 3,
+    "schedule": {"parameterization": "v"},
+}
+CONFIG: dict[str, Any] = {
+    "output": "results",
+    "backbone": BACKBONE,
+    "sampling": {"steps": 3, "flow": "dis", "tile": 16, "tile_overlap": 8},
+    "datasets": {
+        "clips": {"kind": "folder", "path": "videos/clips", "frames": 3},
+        "calibration": {"kind": "folder", "path": "videos/calibration", "frames": 3},
+    },
+    "evaluate": ["clips"],
+    "calibration": {"dataset": "calibration", "steps": 2, "samples": 4},
+    "method": {"quantvsr": {"rank_min": 2, "rank_max": 4, "rank_multiple": 2, "refine_updates": 4, "lba_updates": 4}},
+    "bits": ["W4A4"],
+}
+
+
+def make(folder: Path) -> Path:
+    """A project that is ready to run."""
+    folder.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    write_frames(folder / "videos" / "clips" / "walk", seed=1)
+    write_frames(folder / "videos" / "calibration" / "run", seed=2)
+    write_weights(folder, BACKBONE)
+    write_config(folder / "config" / "tiny.yaml", CONFIG)
+    return folder
+
+
+def write_config(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(values))
+
+
+def write_frames(folder: Path, seed: int, frames: int = 3, size: int = 64) -> None:
+    """A smooth random picture that moves by two pixels a frame."""
+    import cv2
+
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(seed).uniform(0, 255, (12, 12, 3)).astype(np.float32)
+    picture = cv2.resize(noise, (size + 2 * frames, size), interpolation=cv2.INTER_CUBIC).clip(0, 255).astype(np.uint8)
+    for frame in range(frames):
+        cv2.imwrite(str(folder / f"{frame:08d}.png"), picture[:, 2 * frame : 2 * frame + size])
+
+
+def write_weights(folder: Path, backbone: dict[str, Any], seed: int = 0) -> None:
+    """Random weights for a backbone, in the files that its settings name below `folder`."""
+    import torch
+
+    from qvsr.models.checkpoints import build, save_backbone
+
+    chosen = settings.BackboneSettings.model_validate(backbone)
+    torch.manual_seed(seed)
+    network = build(chosen)
+    # initial values hold zeros where training starts (last convolutions): small random ones, so that every layer matters
+    for module in (network.unet, network.structure, network.vae):
+        for parameter in module.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    save_backbone(network, folder / str(chosen.weights), folder / str(chosen.vae_weights))
+
+
+def environment() -> dict[str, str]:
+    """Without PYTHONPATH, so that the project's own copy of the code runs, not the one under test here."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SNAKEMAKE_PROFILE")}
+    return {**inherited, "XDG_CACHE_HOME": inherited.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
+
+
+def snakemake_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "config/tiny.yaml", *arguments]
+
+
+def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(snakemake_command(*arguments), cwd=project, env=environment(), capture_output=True, text=True)
+
+
+def stage(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python -m qvsr …`` in the project."""
+    command = [sys.executable, "-m", "qvsr", *arguments]
+    return subprocess.run(command, cwd=project, env={**environment(), **variables}, capture_output=True, text=True)
+
+
+def due(project: Path, *arguments: str) -> set[str]:
+    """Rules that a dry run would run."""
+    done = snakemake(project, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return set(re.findall(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.MULTILINE)) - {"all"}
+
+
+def outputs(project: Path) -> dict[str, bytes]:
+    """Every file that a run promises, by path; logs and Snakemake's own time stamps apart."""
+    results = project / "results"
+    return {
+        str(file.relative_to(results)): file.read_bytes()
+        for file in sorted(results.rglob("*"))
+        if file.is_file() and "logs" not in file.parts and file.name != ".snakemake_timestamp"
+    }
