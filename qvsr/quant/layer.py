@@ -119,6 +119,8 @@ class QuantLayer(nn.Module):
         self.timestep = Timestep()
         self.act_timesteps: tuple[int, ...] = ()
         self._cache: tuple[Any, list[Tensor]] | None = None
+        self._rotated_weight: Tensor | None = None
+        self._grid: tuple[Tensor, Tensor] | None = None
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
@@ -187,7 +189,7 @@ class QuantLayer(nn.Module):
         pairs = [affine.qparams(low.reshape(-1), high.reshape(-1), self.weight_bits, self.scale_floor) for low, high in ranges]
         self.weight_scale = torch.stack([scale for scale, _ in pairs], 1)
         self.weight_zero_point = torch.stack([zero for _, zero in pairs], 1)
-        self._cache = None
+        self._cache = self._grid = None
 
     def set_static_activations(self, low: Tensor, high: Tensor, timesteps: Sequence[int] = ()) -> None:
         """Fixed activation ranges instead of dynamic ones.
@@ -273,7 +275,7 @@ class QuantLayer(nn.Module):
             key = (self.up._version, self.down._version) if self.up is not None and self.down is not None else None
             if self._cache is not None and self._cache[0] == key:
                 return self._cache[1]
-        scale, zero_point = self._along_weight(self.weight_scale), self._along_weight(self.weight_zero_point)
+        scale, zero_point = self._weight_grid()
         if self.is_open:
             values = affine.fake_quantize(self._residual(), scale, zero_point, self.weight_bits)
         else:
@@ -283,6 +285,8 @@ class QuantLayer(nn.Module):
         if not trained:
             weights = [part.detach().contiguous() for part in weights]
             self._cache = (key, weights)
+            if not self.is_open:
+                self._grid = None
         return weights
 
     def integers(self) -> Tensor:
@@ -290,7 +294,7 @@ class QuantLayer(nn.Module):
         if self.weight_q is not None:
             return self.weight_q
         with torch.no_grad():
-            return affine.quantize(self._residual(), self._along_weight(self.weight_scale), self._along_weight(self.weight_zero_point), self.weight_bits)
+            return affine.quantize(self._residual(), *self._weight_grid(), self.weight_bits)
 
     def input_parts(self, x: Tensor) -> list[Tensor]:
         """The smoothed and rotated parts of an input before rounding: what an activation range is measured on."""
@@ -301,8 +305,7 @@ class QuantLayer(nn.Module):
     def freeze(self) -> None:
         """Integers for good: the floating-point weight is dropped. L1, L2 keep their values and are no longer trained."""
         self.weight_q = self.integers()
-        self.weight = None
-        self._cache = None
+        self.weight = self._rotated_weight = self._cache = self._grid = None
         for parameter in (self.up, self.down):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -340,7 +343,9 @@ class QuantLayer(nn.Module):
     def _residual(self) -> Tensor:
         """Rotated weight less the rotated branch: ``R(W) - L1 R(L2)``, the same as rotating the difference and much cheaper to train."""
         assert self.weight is not None
-        rotated = self._rotate_weight(self.weight)
+        if self._rotated_weight is None:
+            self._rotated_weight = self._rotate_weight(self.weight)
+        rotated = self._rotated_weight
         if self.up is None or self.down is None:
             return rotated
         return rotated - low_rank.product(self.up, self._rotate_weight(self.down))
@@ -366,11 +371,14 @@ class QuantLayer(nn.Module):
         """``(K,)`` shaped to broadcast over a weight or a batch of maps."""
         return values.view(1, -1, *(1,) * len(self.geometry.kernel))
 
-    def _along_weight(self, values: Tensor) -> Tensor:
-        """``(N, P)`` repeated over the channels of each part: ``(N, K, 1, …)``."""
-        sizes = torch.tensor(self.parts, device=values.device)
-        spread = values.repeat_interleave(sizes, 1) if len(self.parts) > 1 else values
-        return spread.view(*spread.shape, *(1,) * len(self.geometry.kernel))
+    def _weight_grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point ``(N, P)``, each repeated over the channels of its part: ``(N, K, 1, …)``."""
+        if self._grid is None:
+            sizes = torch.tensor(self.parts, device=self.weight_scale.device)
+            spread = [values.repeat_interleave(sizes, 1) for values in (self.weight_scale, self.weight_zero_point)]
+            self._grid = tuple(values.view(*values.shape, *(1,) * len(self.geometry.kernel)) for values in spread)  # type: ignore[assignment]
+        assert self._grid is not None
+        return self._grid
 
     # ---------------------------------------------------------------- facts and storage
 

@@ -1,0 +1,173 @@
+"""The quantized layer: exact without rounding, equal in all its forms, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qvsr.quant import affine
+from qvsr.quant.layer import Geometry, LayerPlan, QuantError, QuantLayer, Timestep, halves
+
+MODULES = {
+    "linear": (lambda: nn.Linear(24, 10), (3, 5, 24)),
+    "linear_nobias": (lambda: nn.Linear(24, 10, bias=False), (7, 24)),
+    "conv1d": (lambda: nn.Conv1d(24, 10, 3, stride=2, padding=2, dilation=2), (2, 24, 15)),
+    "conv2d": (lambda: nn.Conv2d(24, 10, 3, padding=1), (2, 24, 6, 5)),
+    "conv2d_1x1": (lambda: nn.Conv2d(24, 10, 1), (2, 24, 6, 5)),
+    "conv2d_strided": (lambda: nn.Conv2d(24, 10, (3, 5), stride=(2, 1), padding=(1, 2)), (2, 24, 7, 6)),
+    "conv3d": (lambda: nn.Conv3d(24, 10, (3, 1, 1), padding=(1, 0, 0)), (1, 24, 5, 3, 4)),
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+
+
+def module_and_input(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    make, shape = MODULES[name]
+    torch.manual_seed(0)
+    return make().requires_grad_(False).to(dtype), torch.randn(shape, dtype=dtype)
+
+
+def unrounded(layer: QuantLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the rounding off: what remains must be the original layer."""
+    monkeypatch.setattr(affine, "round_to_grid", lambda x, *_a, **_k: x)
+    monkeypatch.setattr(affine, "fake_quantize", lambda x, *_a: x)
+
+
+@each_module
+@pytest.mark.parametrize("parts", [(), (12, 12), (8, 16)])
+def test_transforms_and_branch_are_exact_in_float64(name: str, parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_and_input(name, torch.float64)
+    smooth = torch.rand(24, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, parts, rotate=True, rank=3), name, smooth=smooth)
+    unrounded(layer, monkeypatch)
+    with torch.no_grad():
+        assert (layer(x) - module(x)).abs().max() < 1e-13
+
+
+@each_module
+def test_against_a_dense_formula(name: str) -> None:
+    """The definition written out with dense weights: round rotated halves, one layer with L1 L2, one with the residual."""
+    module, x = module_and_input(name)
+    layer = QuantLayer.from_float(module, LayerPlan(4, 5, halves(24), rotate=True, rank=4), name)
+    linear, weight = isinstance(module, nn.Linear), module.weight
+    low = (layer.up @ layer.down.flatten(1)).view(weight.shape).detach()
+    xs, ws = [], []
+    for part in range(2):
+        rot = getattr(layer, f"rotation_{part}")
+        w, a = (weight - low).split(12, 1)[part], x.split(12, -1 if linear else 1)[part]
+        w = torch.einsum("nk...,kj->nj..." if linear else "nk...,jk->nj...", w, rot)
+        a = a @ rot if linear else torch.einsum("bk...,jk->bj...", a, rot)
+        ws.append(affine.fake_quantize(w, *affine.qparams(*affine.channel_range(w), 4), 4))
+        xs.append(affine.fake_quantize(a, *affine.qparams(*affine.tensor_range(a), 5), 5))
+    xq, wq = torch.cat(xs, -1 if linear else 1), torch.cat(ws, 1)
+    operate = F.linear if linear else {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
+    how = () if linear else (module.stride, module.padding, module.dilation)
+    expected = operate(xq, wq, module.bias, *how) + operate(x, low, None, *how)
+    with torch.no_grad():
+        found = layer(x)
+    off = (found - expected).abs() > 1e-4  # a value within float rounding of a half may round either way
+    assert off.float().mean() < 0.02 and (found - expected).pow(2).mean() < 1e-3 * expected.pow(2).mean()
+
+
+@each_module
+def test_open_training_and_frozen_forms_agree(name: str) -> None:
+    module, x = module_and_input(name)
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, halves(24), rotate=True, rank=3), name)
+    with torch.no_grad():
+        open_form = layer(x)
+    layer.up.requires_grad_(True)
+    training = layer(x)
+    training.sum().backward()
+    assert layer.up.grad is not None and layer.is_open
+    layer.freeze()
+    assert not layer.is_open and layer.weight is None and layer.weight_q.dtype == torch.uint8
+    with torch.no_grad():
+        frozen = layer(x)
+    assert torch.equal(open_form, frozen)
+    # the branch is added by another operation while gradients are recorded
+    assert torch.allclose(training.detach(), frozen, atol=1e-5)
+
+
+def test_a_changed_branch_is_seen() -> None:
+    """The rounded weight of an open layer is kept only as long as L1 and L2 stay."""
+    module, x = module_and_input("conv2d")
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, rank=3))
+    with torch.no_grad():
+        before = layer.quantized_weights()[0]
+        layer.up.add_(0.05)
+        assert not torch.equal(before, layer.quantized_weights()[0])
+
+
+def test_more_bits_and_more_rank_are_closer() -> None:
+    module, x = module_and_input("conv2d")
+    errors = {}
+    for bits, rank in ((2, 0), (4, 0), (8, 0), (4, 8)):
+        layer = QuantLayer.from_float(module, LayerPlan(bits, 8, halves(24), rotate=True, rank=rank))
+        with torch.no_grad():
+            errors[bits, rank] = (layer(x) - module(x)).pow(2).mean().item()
+    assert errors[2, 0] > errors[4, 0] > errors[8, 0] and errors[4, 8] < errors[4, 0]
+
+
+def test_padding_is_exactly_zero() -> None:
+    """An input far from 0 has a zero point outside its integers; the border must still see zeros."""
+    module = nn.Conv2d(4, 3, 3, padding=1).requires_grad_(False)
+    x = torch.rand(1, 4, 5, 5, generator=torch.Generator().manual_seed(0)) + 100
+    layer = QuantLayer.from_float(module, LayerPlan(8, 8))
+    with torch.no_grad():
+        assert (layer(x) - module(x)).abs().max() < 0.02 * module(x).abs().max()
+
+
+def test_static_ranges_follow_the_timestep() -> None:
+    module, x = module_and_input("linear")
+    layer = QuantLayer.from_float(module, LayerPlan(8, 8))
+    layer.set_static_activations(torch.tensor([[-0.1], [-10.0]]), torch.tensor([[0.1], [10.0]]), timesteps=[100, 999])
+    layer.timestep = Timestep(50)
+    with torch.no_grad():
+        assert layer.quantized_inputs(x)[0].abs().max() <= 0.11
+        layer.timestep.value = 101
+        assert layer.quantized_inputs(x)[0].abs().max() > 1
+        layer.timestep.value = 2000  # beyond the table: its last row
+        assert layer.quantized_inputs(x)[0].abs().max() > 1
+    layer.timestep = Timestep()
+    with pytest.raises(QuantError, match="ranges depend on the timestep, and none was set"), torch.no_grad():
+        layer(x)
+
+
+def test_correction_is_folded_into_the_bias() -> None:
+    for name in ("linear", "linear_nobias", "conv2d"):
+        module, x = module_and_input(name)
+        layer = QuantLayer.from_float(module, LayerPlan(4, 4))
+        with torch.no_grad():
+            plain = layer(x)
+            layer.correction = nn.Parameter(torch.arange(10.0))
+            corrected = layer(x)
+            layer.fold_correction()
+            assert layer.correction is None and torch.equal(layer(x), corrected)
+            shift = torch.arange(10.0).view(-1) if name.startswith("linear") else torch.arange(10.0).view(1, -1, 1, 1)
+            assert torch.allclose(corrected - plain, shift.expand_as(plain), atol=1e-5)
+
+
+def test_constant_and_empty_inputs() -> None:
+    module, _ = module_and_input("linear")
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, rank=2))
+    with torch.no_grad():
+        for x in (torch.zeros(3, 24), torch.full((3, 24), 5.0)):
+            assert torch.isfinite(layer(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4, rank=5), "a.b"), r"a\.b: rank 5 is not between 1 and 4"),
+        (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4, (3, 4)), "a.b"), r"a\.b: parts \(3, 4\) do not add up to its 8 input channels"),
+        (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(1, 4)), "1 bits cannot be quantized to"),
+        (lambda: Geometry.of(nn.Conv2d(8, 8, 3, groups=2), "c"), "c: groups=2"),
+        (lambda: Geometry.of(nn.Conv2d(8, 8, 3, padding="same"), "c"), "c: groups=1, padding='same'"),
+        (lambda: Geometry.of(nn.ReLU(), "r"), "r: ReLU cannot be quantized; Linear, Conv1d, Conv2d, Conv3d can"),
+        (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4), "q", rotations=[torch.eye(4)]), r"q: rotations \[\(4, 4\)\] do not fit parts \(8,\)"),
+    ],
+)
+def test_messages(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

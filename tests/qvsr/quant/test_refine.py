@@ -1,0 +1,82 @@
+"""Training of a few parameters: the loss falls, nothing else moves, two runs agree."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import tiny
+import torch
+
+from qvsr.quant import apply
+from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer, halves
+from qvsr.quant.refine import Curve, mean_loss, train
+
+
+def quantized(width: int = 16) -> tuple[tiny.Net, list[tiny.Call]]:
+    net = tiny.network(width)
+    calls = tiny.calls(net, 4, width)
+    apply.quantize_layers(
+        net, ["time_embed.0", "head", "out"], lambda n, m: QuantLayer.from_float(m, LayerPlan(4, 8, halves(m.weight.shape[1]), True, 2), n)
+    )
+    return net, calls
+
+
+def branches(net: tiny.Net) -> list[torch.nn.Parameter]:
+    return [p for layer in apply.quant_layers(net).values() for p in (layer.up, layer.down)]
+
+
+def fit(updates: int = 30, seed: int = 0) -> tuple[tiny.Net, list[tiny.Call], Curve]:
+    net, calls = quantized()
+    return net, calls, train(net, branches(net), calls, updates, 2, 1e-3, 0.01, seed)
+
+
+def test_loss_falls_on_the_calibration_samples() -> None:
+    net, calls, curve = fit()
+    assert curve.after < curve.before and len(curve.updates) == 30
+    assert curve.after == pytest.approx(mean_loss(net, calls, range(4)))
+
+
+def test_only_the_parameters_move_and_gradients_are_off_again() -> None:
+    before, _ = quantized()
+    net, _, _ = fit(3)
+    trained = {id(p) for p in branches(net)}
+    for (name, old), new in zip(before.named_parameters(), net.parameters(), strict=True):
+        assert torch.equal(old, new) != (id(new) in trained), name
+        assert not new.requires_grad and new.grad is None
+    for old, new in zip(apply.quant_layers(before).values(), apply.quant_layers(net).values(), strict=True):
+        assert torch.equal(old.weight_scale, new.weight_scale), "ranges stay those of the first residual"
+
+
+def test_two_runs_agree_and_the_seed_matters() -> None:
+    assert fit(4)[2] == fit(4)[2]
+    assert fit(4)[2].updates != fit(4, seed=1)[2].updates
+
+
+def test_rate_falls_to_a_fifth_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1])
+    fit(6)
+    assert rates == pytest.approx([1e-3] * 3 + [2e-4] * 3)
+
+
+def test_a_loss_that_did_not_fall_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net, calls = quantized()
+    with caplog.at_level(logging.INFO, logger="qvsr.quant.refine"):
+        curve = train(net, branches(net), calls, 3, 1, 0.5, 0.0, 0)
+    assert curve.after > curve.before and "did not fall, the parameters are kept as trained" in caplog.text
+
+
+def test_messages() -> None:
+    net, calls = quantized()
+    with pytest.raises(QuantError, match="refine: the calibration set is empty"):
+        train(net, branches(net), [], 1, 1, 1e-3, 0.0, 0)
+    calls[0].out = calls[0].out + float("nan")
+    with pytest.raises(QuantError, match="the loss is nan at update 1 of 1; lower learning_rate"):
+        train(net, branches(net), calls[:1], 1, 1, 1e-3, 0.0, 0)
+
+
+def test_summary_is_short() -> None:
+    summary = Curve(2.0, 1.0, tuple(float(k) for k in range(100))).summary(10)
+    assert summary["updates"] == 100 and summary["curve"][:2] == [4.5, 14.5] and len(summary["curve"]) == 10
