@@ -217,8 +217,8 @@ def resampling_matrix(size: int, new_size: int, kernel: str) -> NDArray[np.float
     ``bilinear`` is the triangle of support 1, ``bicubic`` Keys' cubic with a = -0.5 and support 2; rows sum to 1, and the
     kernel is cut and renormalised at the border (Pillow's convention).
 
-    >>> resampling_matrix(4, 2, "bilinear").round(3).tolist()
-    [[0.429, 0.429, 0.143, 0.0], [0.0, 0.143, 0.429, 0.429]]
+    >>> (resampling_matrix(4, 2, "bilinear") * 7).round(5).tolist()
+    [[3.0, 3.0, 1.0, 0.0], [0.0, 1.0, 3.0, 3.0]]
     """
     factor = max(size / new_size, 1.0)
     centre = (np.arange(new_size) + 0.5) * size / new_size
@@ -274,8 +274,8 @@ def compress_jpeg(frames: Frames, quality: int) -> Frames:
 def compress_video(frames: Frames, codec: str, bitrate: float) -> Frames:
     """Write and read the clip as H.264 or MPEG-4 video at ``bitrate`` bits a second, 24 frames a second.
 
-    Odd sizes are padded to even by repeating the border and cut again: 4:2:0 video has no odd sizes. One thread,
-    since the number of slices, and with it the result, depends on it.
+    Odd sizes are padded to even by repeating the border and cut again: 4:2:0 video has no odd sizes. One thread, since the
+    number of slices depends on it, and x264's ``cpu-independent``: without it two runs in one process gave different frames.
 
     Raises:
         DegradationError: PyAV or the encoder is missing, or the decoder returned another number of frames.
@@ -289,7 +289,8 @@ def compress_video(frames: Frames, codec: str, bitrate: float) -> Frames:
     buffer = io.BytesIO()
     try:
         with av.open(buffer, "w", format="mp4") as container:
-            stream: Any = container.add_stream(codec, rate=24)
+            options = {} if codec == "mpeg4" else {"x264-params": "cpu-independent=1:threads=1"}
+            stream: Any = container.add_stream(codec, rate=24, options=options)
             stream.width, stream.height, stream.pix_fmt, stream.bit_rate = padded.shape[2], padded.shape[1], "yuv420p", int(bitrate)
             stream.codec_context.thread_count = 1
             for frame in padded:

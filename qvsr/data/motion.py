@@ -41,7 +41,7 @@ class Photograph:
             raise ValueError(f"a photograph is HWC uint8 RGB of at least 64x64, found {image_HWC.dtype} {image_HWC.shape}")
         image = np.ascontiguousarray(image_HWC)
         levels, factors = [image], [1.0]
-        while factors[-1] * math.sqrt(2) <= REDUCTION[1] and min(levels[-1].shape[:2]) >= 64:
+        while factors[-1] * math.sqrt(2) <= REDUCTION[1] / OVERSAMPLE * (1 + 1e-9) and min(levels[-1].shape[:2]) >= 64:
             factor = factors[-1] * math.sqrt(2)
             size = (round(image.shape[1] / factor), round(image.shape[0] / factor))
             levels.append(np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8))

@@ -12,7 +12,9 @@ from qvsr.data.calibration import CalibrationError, CalibrationSet, kept_steps, 
 from qvsr.models import pipeline
 from qvsr.models.checkpoints import Backbone, build
 
-SAMPLING = SamplingSettings(steps=4, flow="none", guidance_scale=0.0, tile=8, tile_overlap=4, image_tile=32, image_tile_stride=32, pad_multiple=8)
+SAMPLING = SamplingSettings(
+    steps=4, flow="none", guidance_scale=0.0, tile=8, tile_overlap=4, image_tile=32, image_tile_stride=32, pad_multiple=8
+)
 SETTINGS = CalibrationSettings(steps=2, samples=6)
 
 
@@ -22,7 +24,13 @@ def backbone() -> Backbone:
     settings = BackboneSettings(
         name="tiny",
         unet=UNetSettings(
-            model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=16, context_dim=8, semb_channels=32
+            model_channels=32,
+            channel_mult=(1, 1),
+            num_res_blocks=1,
+            attention_resolutions=(2,),
+            num_head_channels=16,
+            context_dim=8,
+            semb_channels=32,
         ),
         structure=StructureSettings(model_channels=32, out_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,)),
         first_stage=vae,
@@ -72,12 +80,16 @@ def test_the_network_gives_the_recorded_output_again(backbone: Backbone, recorde
     assert samples[0].out.abs().max() > 0
 
 
-def test_two_recordings_are_the_same_bytes(backbone: Backbone, clips: list[tuple[str, torch.Tensor]], recorded: Path, tmp_path: Path) -> None:
+def test_two_recordings_are_the_same_bytes(
+    backbone: Backbone, clips: list[tuple[str, torch.Tensor]], recorded: Path, tmp_path: Path
+) -> None:
     samples = record(backbone, clips, SAMPLING, SETTINGS, tmp_path, seed=1)
     assert content(tmp_path) == content(recorded) and samples.digest == CalibrationSet(recorded).digest
 
 
-def test_resumed_after_a_stop(backbone: Backbone, clips: list[tuple[str, torch.Tensor]], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_after_a_stop(
+    backbone: Backbone, clips: list[tuple[str, torch.Tensor]], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped within the second clip: no manifest, the first clip is kept as it is, and the end is the same."""
     restore, restored = pipeline.restore, []
 
