@@ -170,7 +170,9 @@ def _train(
     unet: nn.Module, parameters: list[nn.Parameter], samples: Samples, settings: QuantVSRSettings, updates: int, seed: int, what: str
 ) -> Curve:
     with progress(what) as report:
-        return train(unet, parameters, samples, updates, settings.accumulate, settings.learning_rate, settings.weight_decay, seed, what, report)
+        return train(
+            unet, parameters, samples, updates, settings.accumulate, settings.learning_rate, settings.weight_decay, seed, what, report
+        )
 
 
 @BASELINES.add("quantvsr", title="QuantVSR", source="arXiv 2508.04485")

@@ -79,7 +79,9 @@ class CalibrationSet:
             raise CalibrationError(f"{folder} has format {self.manifest.get('format')}, this program reads {FORMAT}: record it again")
         if backbone_digest is not None and self.manifest["backbone_digest"] != backbone_digest:
             found = f"{self.manifest['backbone']} {self.manifest['backbone_digest']}"
-            raise CalibrationError(f"{folder} was recorded with other weights ({found}, these are {backbone_digest}): record it again in an empty folder")
+            raise CalibrationError(
+                f"{folder} was recorded with other weights ({found}, these are {backbone_digest}): record it again in an empty folder"
+            )
         missing = [file for file in (CONTEXT, *self.manifest["files"]) if not (self.folder / file).is_file()]
         if missing:
             raise CalibrationError(f"{folder}: {len(missing)} files of its manifest are missing, first {missing[0]}: record it again")
@@ -102,7 +104,9 @@ class CalibrationSet:
             raise CalibrationError(f"{file} is damaged (its content is not what was written): record the set again")
         tensors, facts = _read_sample(file)
         struct = self._maps(index, tensors["lq_latent"], tensors["t"])
-        return Sample(tensors["x"], tensors["t"], self.context, struct, tensors["out"], tensors["lq_latent"], facts["clip"], int(facts["step"]))
+        return Sample(
+            tensors["x"], tensors["t"], self.context, struct, tensors["out"], tensors["lq_latent"], facts["clip"], int(facts["step"])
+        )
 
     @torch.no_grad()
     def _maps(self, index: int, lq_latent: Tensor, t: Tensor) -> dict[str, Tensor]:
@@ -217,11 +221,15 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
         old = _read_json(file, "empty the folder and record again")
         changed = sorted(key for key in plan.keys() | old.keys() if plan.get(key) != old.get(key))
         if changed:
-            raise CalibrationError(f"{folder} holds samples recorded with another {', '.join(changed)}: empty it, or record to another folder")
+            raise CalibrationError(
+                f"{folder} holds samples recorded with another {', '.join(changed)}: empty it, or record to another folder"
+            )
         return
     strangers = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"] if folder.is_dir() else []
     if strangers:
-        raise CalibrationError(f"{folder} holds {len(strangers)} samples and no {PLAN} that tells their settings: empty it, or record to another folder")
+        raise CalibrationError(
+            f"{folder} holds {len(strangers)} samples and no {PLAN} that tells their settings: empty it, or record to another folder"
+        )
     _write_json(file, plan)
 
 
@@ -230,7 +238,9 @@ def _complete(folder: Path, marker: Path) -> bool:
     if not marker.is_file():
         return False
     files: dict[str, str] = json.loads(marker.read_text())
-    return all((folder / file).is_file() and hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest for file, digest in files.items())
+    return all(
+        (folder / file).is_file() and hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest for file, digest in files.items()
+    )
 
 
 def _write_sample(file: Path, seen: NetworkCall, clip: str) -> None:

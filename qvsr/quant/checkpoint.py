@@ -51,10 +51,13 @@ def save(unet: nn.Module, path: str | Path, header: dict[str, Any]) -> None:
         if key not in header:
             raise CheckpointError(f"{path}: the header must name {key}")
     if "unet_digest" not in apply.record(unet):
-        raise CheckpointError(f"{path}: the digest of the full-precision weights is not noted; quantize with qvsr.quant.apply.quantize_layers")
+        raise CheckpointError(
+            f"{path}: the digest of the full-precision weights is not noted; quantize with qvsr.quant.apply.quantize_layers"
+        )
     tensors = {f"{name}.{role}": tensor for name, layer in layers.items() for role, tensor in _encode(layer).items()}
     facts = {name: layer.describe() for name, layer in layers.items()}
-    full = {**header, **apply.record(unet), "format": FORMAT, "layers": facts, "content": _content_digest(tensors)}
+    noted = apply.record(unet)
+    full = {**header, **noted, "noted": sorted(noted), "format": FORMAT, "layers": facts, "content": _content_digest(tensors)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {KEY: json.dumps(full, sort_keys=True)})
 
@@ -95,8 +98,7 @@ def load(path: str | Path, unet: nn.Module) -> nn.Module:
         by_layer[name][key.removeprefix(name + ".")] = tensor
     for name, facts in header["layers"].items():
         apply.replace(unet, name, _decode(Geometry.of(unet.get_submodule(name), name), facts, by_layer[name], name))
-    known = ("unet_digest", "losses", "ranks_limited")
-    apply.note(unet, **{key: header[key] for key in known if key in header})
+    apply.note(unet, **{key: header[key] for key in header["noted"]})
     apply.follow_timesteps(unet)
     return unet
 
@@ -153,5 +155,7 @@ def _header(path: str | Path, metadata: dict[str, str] | None) -> dict[str, Any]
         raise CheckpointError(f"{path} is no quantized checkpoint of qvsr: its header has no {KEY!r}")
     header: dict[str, Any] = json.loads(metadata[KEY])
     if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {header.get('format')}, this program reads {FORMAT}: make it again with the quantize stage")
+        raise CheckpointError(
+            f"{path} has format {header.get('format')}, this program reads {FORMAT}: make it again with the quantize stage"
+        )
     return header

@@ -62,7 +62,13 @@ class Geometry:
             found = f"groups={module.groups}, padding={module.padding!r}, padding_mode={module.padding_mode!r}"
             raise QuantError(f"{name}: {found} cannot be quantized; groups=1 with zero padding given as numbers can")
         return Geometry(
-            kind, module.in_channels, module.out_channels, tuple(module.kernel_size), tuple(module.stride), tuple(module.padding), tuple(module.dilation)
+            kind,
+            module.in_channels,
+            module.out_channels,
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            tuple(module.padding),
+            tuple(module.dilation),
         )
 
 
@@ -200,7 +206,9 @@ class QuantLayer(nn.Module):
                 row beyond. Empty for a single row.
         """
         if low.shape != (max(1, len(timesteps)), len(self.parts)) or list(timesteps) != sorted(set(timesteps)):
-            raise QuantError(f"{self.name}: a table {tuple(low.shape)} does not fit {len(self.parts)} parts and rising timesteps {list(timesteps)}")
+            raise QuantError(
+                f"{self.name}: a table {tuple(low.shape)} does not fit {len(self.parts)} parts and rising timesteps {list(timesteps)}"
+            )
         self.act_scale, self.act_zero_point = affine.qparams(low, high, self.act_bits, self.scale_floor)
         self.act_timesteps = tuple(timesteps)
 
@@ -234,11 +242,15 @@ class QuantLayer(nn.Module):
         """Tokens ``(…, K)`` to ``(…, N)`` for Linear; maps ``(B, K, …)`` to ``(B, N, …)`` for convolutions."""
         if self.smooth is not None:
             x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
-        return self._linear(x) if self.is_linear else self._convolution(x)
+        y = self._linear(x) if self.is_linear else self._convolution(x)
+        if self.correction is None:
+            return y
+        # not as the operation's bias: its backward pass would compute the gradient of the whole weight too
+        return y + (self.correction if self.is_linear else self._along_inputs(self.correction))
 
     def _linear(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.geometry.in_channels)
-        inputs, weights, bias = self.quantized_inputs(rows), self.quantized_weights(), self._total_bias()
+        inputs, weights, bias = self.quantized_inputs(rows), self.quantized_weights(), self.bias
         y = F.linear(inputs[0], weights[0], bias)
         for part, weight in zip(inputs[1:], weights[1:], strict=True):
             y.addmm_(part, weight.T)
@@ -251,7 +263,12 @@ class QuantLayer(nn.Module):
         convolve = _CONV[len(geometry.kernel)]
         how = (geometry.stride, geometry.padding, geometry.dilation)
         # the zeros of the padding are added after rounding: they stay exactly 0, whatever the zero point
-        y = convolve(inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1), weights[0] if len(weights) == 1 else torch.cat(weights, 1), self._total_bias(), *how)
+        y = convolve(
+            inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1),
+            weights[0] if len(weights) == 1 else torch.cat(weights, 1),
+            self.bias,
+            *how,
+        )
         if self.up is None or self.down is None:
             return y
         thin = convolve(x, self.down, None, *how).flatten(2)
@@ -336,7 +353,9 @@ class QuantLayer(nn.Module):
         if len(self.act_timesteps) > 1:
             now = self.timestep.value
             if now is None:
-                raise QuantError(f"{self.name}: its activation ranges depend on the timestep, and none was set (qvsr.quant.apply.follow_timesteps)")
+                raise QuantError(
+                    f"{self.name}: its activation ranges depend on the timestep, and none was set (qvsr.quant.apply.follow_timesteps)"
+                )
             row = next((index for index, bound in enumerate(self.act_timesteps) if now <= bound), len(self.act_timesteps) - 1)
         return self.act_scale[row, part], self.act_zero_point[row, part]
 
@@ -368,7 +387,7 @@ class QuantLayer(nn.Module):
         return self.correction if self.bias is None else self.bias + self.correction
 
     def _along_inputs(self, values: Tensor) -> Tensor:
-        """``(K,)`` shaped to broadcast over a weight or a batch of maps."""
+        """One value a channel, shaped to broadcast over a weight or a batch of maps."""
         return values.view(1, -1, *(1,) * len(self.geometry.kernel))
 
     def _weight_grid(self) -> tuple[Tensor, Tensor]:
@@ -419,10 +438,18 @@ class QuantLayer(nn.Module):
     def from_state(cls, geometry: Geometry, facts: dict[str, Any], state: dict[str, Tensor], name: str = "layer") -> QuantLayer:
         """The frozen layer that :meth:`describe` and :meth:`state` tell of."""
         if tuple(facts["shape"]) != geometry.weight_shape or facts["kind"] != geometry.kind:
-            raise QuantError(f"{name}: stored as {facts['kind']} {tuple(facts['shape'])}, the network has {geometry.kind} {geometry.weight_shape}")
-        plan = LayerPlan(facts["weight_bits"], facts["act_bits"], tuple(facts["parts"]), any(facts["rotated"]), facts["rank"], facts["scale_floor"])
+            raise QuantError(
+                f"{name}: stored as {facts['kind']} {tuple(facts['shape'])}, the network has {geometry.kind} {geometry.weight_shape}"
+            )
+        plan = LayerPlan(
+            facts["weight_bits"], facts["act_bits"], tuple(facts["parts"]), any(facts["rotated"]), facts["rank"], facts["scale_floor"]
+        )
         layer = cls(geometry, plan, name)
-        layer.weight_q, layer.weight_scale, layer.weight_zero_point = state["weight"].view(geometry.weight_shape), state["scale"], state["zero_point"]
+        layer.weight_q, layer.weight_scale, layer.weight_zero_point = (
+            state["weight"].view(geometry.weight_shape),
+            state["scale"],
+            state["zero_point"],
+        )
         layer.smooth, layer.act_scale, layer.act_zero_point = state.get("smooth"), state.get("act_scale"), state.get("act_zero_point")
         layer.act_timesteps = tuple(facts["act_timesteps"])
         for role in ("up", "down", "bias"):

@@ -33,7 +33,10 @@ def test_one_layer_by_hand(bits: int) -> None:
         tiny.run(net, call)
     x, weight, bias = seen["body"], net.body.weight, net.body.bias
     expected = F.conv2d(
-        rounded(x, x.min(), x.max(), bits), rounded(weight, weight.amin((1, 2, 3), True), weight.amax((1, 2, 3), True), bits), bias, padding=1
+        rounded(x, x.min(), x.max(), bits),
+        rounded(weight, weight.amin((1, 2, 3), True), weight.amax((1, 2, 3), True), bits),
+        bias,
+        padding=1,
     )
     quantized = BASELINES["maxmin"](net, [], tiny.spec("maxmin", bits, bits))
     with torch.no_grad():

@@ -43,7 +43,9 @@ def build(case: dict[str, Any], bits: int, split: bool, tensors: dict[str, Tenso
     l2 = tensors[f"{name}.{stage}.L2"]
     branch = (tensors[f"{name}.{stage}.L1"], l2.view(-1, *module.weight.shape[1:]))
     layer = QuantLayer.from_float(module, LayerPlan(bits, bits, parts, rank=l2.shape[0]), name, rotations=rotations, branch=branch)
-    layer.set_weight_ranges([(tensors[f"{name}.init.wq{p or ''}.x_min"], tensors[f"{name}.init.wq{p or ''}.x_max"]) for p in range(len(parts))])
+    layer.set_weight_ranges(
+        [(tensors[f"{name}.init.wq{p or ''}.x_min"], tensors[f"{name}.init.wq{p or ''}.x_max"]) for p in range(len(parts))]
+    )
     if f"{name}.{stage}.lba" in tensors:
         layer.correction = nn.Parameter(tensors[f"{name}.{stage}.lba"].reshape(-1).clone())
     return layer

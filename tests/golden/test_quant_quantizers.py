@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import golden
-import torch
 from torch import Tensor
 
 from qvsr.quant import affine
@@ -24,7 +23,9 @@ def test_weights_per_output_channel() -> None:
             for found, role in ((low, "x_min"), (high, "x_max"), (scale, "scale"), (zero_point, "zero_point")):
                 golden.assert_close(found, tensors[f"{key}.{role}"], meta, f"{key} {role}")
             golden.assert_close(affine.fake_quantize(x, scale, zero_point, bits), tensors[f"{key}.out"], meta, key)
-            golden.assert_close(affine.dequantize(affine.quantize(x, scale, zero_point, bits), scale, zero_point), tensors[f"{key}.out"], meta, key)
+            golden.assert_close(
+                affine.dequantize(affine.quantize(x, scale, zero_point, bits), scale, zero_point), tensors[f"{key}.out"], meta, key
+            )
 
 
 def test_activations_per_tensor() -> None:
@@ -45,7 +46,9 @@ def test_range_of_other_values() -> None:
     for bits in meta["bits"]:
         if f"stale.w{bits}.out" in tensors:
             scale, zero_point = affine.qparams(tensors[f"stale.w{bits}.x_min"], tensors[f"stale.w{bits}.x_max"], bits)
-            golden.assert_close(affine.fake_quantize(tensors["stale.x"], scale, zero_point, bits), tensors[f"stale.w{bits}.out"], meta, "stale")
+            golden.assert_close(
+                affine.fake_quantize(tensors["stale.x"], scale, zero_point, bits), tensors[f"stale.w{bits}.out"], meta, "stale"
+            )
 
 
 def test_straight_through_gradients() -> None:

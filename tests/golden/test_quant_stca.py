@@ -31,5 +31,7 @@ def test_ranks() -> None:
         step = QuantVSRSettings().rank_multiple
         settings = QuantVSRSettings(rank_min=case["min_rank"], rank_max=case["max_rank"], quantile=case["percentile"])
         ranks = torch.full((case["layers"],), (case["min_rank"] + step // 2) // step * step)
-        ranks[measured] = allocate_ranks(tensors[f"case{number}.c_spatial"][measured], tensors[f"case{number}.c_temporal"][measured], settings)
+        ranks[measured] = allocate_ranks(
+            tensors[f"case{number}.c_spatial"][measured], tensors[f"case{number}.c_temporal"][measured], settings
+        )
         golden.assert_close(ranks, tensors[f"case{number}.ranks"], meta, f"case {number}")

@@ -30,7 +30,7 @@ def plain(name: str) -> str:
     return name.removeprefix("model.")
 
 
-@pytest.fixture()
+@pytest.fixture
 def case() -> tuple[dict[str, Any], dict[str, Tensor], Any, Call]:
     meta, tensors = golden.load(SET)
     source = set_name(meta["weights"])

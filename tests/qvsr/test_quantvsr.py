@@ -10,12 +10,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "quant"))
-import tiny  # noqa: E402
+import tiny
 
-from qvsr.config import QuantVSRSettings  # noqa: E402
-from qvsr.quant import apply, checkpoint  # noqa: E402
-from qvsr.quant.layer import QuantError  # noqa: E402
-from qvsr.quantvsr import allocate_ranks, complexity, layer_ranks, measure_complexity, quantvsr  # noqa: E402
+from qvsr.config import QuantVSRSettings
+from qvsr.quant import apply, checkpoint
+from qvsr.quant.layer import QuantError
+from qvsr.quantvsr import allocate_ranks, complexity, layer_ranks, measure_complexity, quantvsr
 
 SMALL = {"rank_min": 2, "rank_max": 8, "rank_multiple": 2, "refine_updates": 20, "lba_updates": 10, "accumulate": 1}
 EXCLUDE = ("time_embed.0", "head", "out")
@@ -133,7 +133,9 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         torch.manual_seed(len(name))
         net = tiny.network()
         checkpoint.save(
-            quantvsr(net, tiny.calls(net), tiny.spec("quantvsr", **SMALL)), tmp_path / name, {"method": "m", "bits": "W4A4", "backbone": "tiny"}
+            quantvsr(net, tiny.calls(net), tiny.spec("quantvsr", **SMALL)),
+            tmp_path / name,
+            {"method": "m", "bits": "W4A4", "backbone": "tiny"},
         )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 

@@ -13,7 +13,9 @@ from qvsr.quant.observe import observe_inputs
 
 
 def test_prefixes_end_at_a_dot() -> None:
-    net = nn.ModuleDict({"time_embed": nn.ModuleDict({"0": nn.Linear(4, 4), "01": nn.Linear(4, 4)}), "out": nn.Conv2d(4, 4, 1), "norm": nn.GroupNorm(1, 4)})
+    net = nn.ModuleDict(
+        {"time_embed": nn.ModuleDict({"0": nn.Linear(4, 4), "01": nn.Linear(4, 4)}), "out": nn.Conv2d(4, 4, 1), "norm": nn.GroupNorm(1, 4)}
+    )
     assert list(apply.quantizable(net, ["time_embed.0"])) == ["time_embed.01", "out"]
     assert list(apply.quantizable(net, ["time_embed"])) == ["out"]
 
@@ -41,7 +43,7 @@ def test_observed_inputs_are_those_of_the_layers() -> None:
     (call,) = tiny.calls(net, 1)
     with observe_inputs(apply.quantizable(net), lambda name, x: seen.setdefault(name, x)):
         tiny.run(net, call)
-    assert torch.equal(seen["head"], call.x) and list(seen)[0] == "time_embed.0" and len(seen) == 9
+    assert torch.equal(seen["head"], call.x) and next(iter(seen)) == "time_embed.0" and len(seen) == 9
     count = len(seen)
     seen.clear()
     tiny.run(net, call)

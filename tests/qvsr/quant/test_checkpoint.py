@@ -23,9 +23,13 @@ def quantized(bits: int = 4, width: int = 16, **options: object) -> tiny.Net:
 
     def make(name: str, module: torch.nn.Module) -> QuantLayer:
         parts = halves(module.weight.shape[1])
-        layer = QuantLayer.from_float(module, LayerPlan(bits, bits, parts, bool(options.get("rotate", True)), int(options.get("rank", 3))), name)  # type: ignore[call-overload]
+        layer = QuantLayer.from_float(
+            module, LayerPlan(bits, bits, parts, bool(options.get("rotate", True)), int(options.get("rank", 3))), name
+        )  # type: ignore[call-overload]
         if static:
-            layer.set_static_activations(torch.full((2, len(parts)), -2.0), torch.tensor([[2.0], [3.0]]).expand(2, len(parts)), timesteps=[150, 999])
+            layer.set_static_activations(
+                torch.full((2, len(parts)), -2.0), torch.tensor([[2.0], [3.0]]).expand(2, len(parts)), timesteps=[150, 999]
+            )
         return layer
 
     apply.quantize_layers(net, EXCLUDE, make)

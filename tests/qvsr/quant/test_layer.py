@@ -91,7 +91,7 @@ def test_open_training_and_frozen_forms_agree(name: str) -> None:
 
 def test_a_changed_branch_is_seen() -> None:
     """The rounded weight of an open layer is kept only as long as L1 and L2 stay."""
-    module, x = module_and_input("conv2d")
+    module, _ = module_and_input("conv2d")
     layer = QuantLayer.from_float(module, LayerPlan(4, 4, rank=3))
     with torch.no_grad():
         before = layer.quantized_weights()[0]
@@ -143,7 +143,7 @@ def test_correction_is_folded_into_the_bias() -> None:
             layer.correction = nn.Parameter(torch.arange(10.0))
             corrected = layer(x)
             layer.fold_correction()
-            assert layer.correction is None and torch.equal(layer(x), corrected)
+            assert layer.correction is None and torch.allclose(layer(x), corrected, atol=1e-5)  # one addition fewer
             shift = torch.arange(10.0).view(-1) if name.startswith("linear") else torch.arange(10.0).view(1, -1, 1, 1)
             assert torch.allclose(corrected - plain, shift.expand_as(plain), atol=1e-5)
 
@@ -160,12 +160,18 @@ def test_constant_and_empty_inputs() -> None:
     ("build", "message"),
     [
         (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4, rank=5), "a.b"), r"a\.b: rank 5 is not between 1 and 4"),
-        (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4, (3, 4)), "a.b"), r"a\.b: parts \(3, 4\) do not add up to its 8 input channels"),
+        (
+            lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4, (3, 4)), "a.b"),
+            r"a\.b: parts \(3, 4\) do not add up to its 8 input channels",
+        ),
         (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(1, 4)), "1 bits cannot be quantized to"),
         (lambda: Geometry.of(nn.Conv2d(8, 8, 3, groups=2), "c"), "c: groups=2"),
         (lambda: Geometry.of(nn.Conv2d(8, 8, 3, padding="same"), "c"), "c: groups=1, padding='same'"),
         (lambda: Geometry.of(nn.ReLU(), "r"), "r: ReLU cannot be quantized; Linear, Conv1d, Conv2d, Conv3d can"),
-        (lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4), "q", rotations=[torch.eye(4)]), r"q: rotations \[\(4, 4\)\] do not fit parts \(8,\)"),
+        (
+            lambda: QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4), "q", rotations=[torch.eye(4)]),
+            r"q: rotations \[\(4, 4\)\] do not fit parts \(8,\)",
+        ),
     ],
 )
 def test_messages(build, message: str) -> None:
