@@ -13,7 +13,10 @@ pathvars:
     results=str(plan.output),
 
 
-include: "workflow/rules/settings.smk"
+onstart:
+    plan.write_settings()  # what every stage reads; each rule names the digest of its part, so that only that part makes it stale
+
+
 include: "workflow/rules/clips.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"

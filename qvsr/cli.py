@@ -7,7 +7,6 @@ with ``QVSR_DEBUG=1`` as the full traceback.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -81,16 +80,11 @@ def config_check(path: Annotated[Path, typer.Argument(help="settings, YAML")] = 
 
 
 @config_app.command("write")
-def config_write(
-    out: Out,
-    values: Annotated[str | None, typer.Option("--settings", help="all settings as JSON, as the workflow passes them")] = None,
-    path: Annotated[Path, typer.Option("--config", help="settings, YAML; used when --settings is absent")] = plan.DEFAULT,
-    set_: SetOption = None,
-) -> None:
-    """Write settings out with all defaults, as one JSON file that every stage reads."""
-    config = plan.settings.validate(json.loads(values), "--settings") if values else settings(path, set_)
+def config_write(out: Out, path: Annotated[Path, typer.Option("--config", help="settings, YAML")] = plan.DEFAULT, set_: SetOption = None) -> None:
+    """Write settings out with all defaults, as the JSON that a run keeps."""
+    text = plan.to_json(settings(path, set_))
     with atomic_path(out) as partial:
-        partial.write_text(json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+        partial.write_text(text)
 
 
 @app.command("schema")

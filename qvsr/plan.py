@@ -16,7 +16,7 @@ from typing import Any
 
 from qvsr import config as settings
 from qvsr.config import Config, ConfigError
-from qvsr.provenance import ROOT
+from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import suggest
 
 DEFAULT = Path("config/default.yaml")
@@ -90,8 +90,8 @@ def _digest(values: Any) -> str:
 
 
 def to_json(config: Config) -> str:
-    """The resolved settings as one line of JSON, the form in which a run keeps them (``{output}/config.json``)."""
-    return json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    """The resolved settings, the form in which a run keeps them (``{output}/config.json``)."""
+    return json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 
 
 class Plan:
@@ -110,6 +110,16 @@ class Plan:
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
         return plan
+
+    @property
+    def settings_file(self) -> str:
+        """Where the run keeps its resolved settings."""
+        return str(self.output / "config.json")
+
+    def write_settings(self) -> None:
+        """Write the resolved settings, defaults and overrides in one."""
+        with atomic_path(self.settings_file) as partial:
+            partial.write_text(to_json(self.config))
 
     def digest(self, *keys: str) -> str:
         return settings_digest(self.config, *keys)

@@ -48,9 +48,10 @@ def test_killed_three_times_and_resumed(finished, tmp_path):
     """Twice everything dies at once (a machine that is switched off), once only Snakemake does and its jobs go on for a while."""
     seed = int(os.environ.get("QVSR_KILL_SEED", random.SystemRandom().randrange(2**32)))
     print(f"QVSR_KILL_SEED={seed}")  # pytest shows it when the test fails
-    moments = random.Random(seed)
+    draw = random.Random(seed)
+    jobs_done = sorted(draw.sample(range(12), 3))  # of 15: each kill comes this many jobs after the first start, and a moment later
+    orphans = draw.randrange(3)
     project = tiny.make(tmp_path / "project")
-    survivors = random.Random(seed + 1).randrange(3)
     for kill in range(3):
         running = subprocess.Popen(
             tiny.snakemake_command(),
@@ -60,9 +61,11 @@ def test_killed_three_times_and_resumed(finished, tmp_path):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        time.sleep(moments.uniform(2.5, 14))
-        assert running.poll() is None, f"finished before it was killed for the {kill + 1}. time; QVSR_KILL_SEED={seed}"
-        if kill == survivors:
+        while tiny.done(project) < jobs_done[kill] and running.poll() is None:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.3, 1.5))
+        assert running.poll() is None, f"it ended before it was killed for the {kill + 1}. time; QVSR_KILL_SEED={seed}"
+        if kill == orphans:
             os.kill(running.pid, signal.SIGKILL)
         else:
             os.killpg(running.pid, signal.SIGKILL)

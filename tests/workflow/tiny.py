@@ -140,6 +140,13 @@ def due(project: Path, *arguments: str) -> set[str]:
     return set(re.findall(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.MULTILINE)) - {"all"}
 
 
+def done(project: Path) -> int:
+    """How many jobs' outputs are there."""
+    patterns = ("clips/*/LQ/*", "calibration", "quantized/*", "restored/*/*/*", "measured/*/*/*", "tables", "figures")
+    found = [path for pattern in patterns for path in (project / "results").glob(pattern)]
+    return sum(not path.name.startswith(".") for path in found)
+
+
 def outputs(project: Path) -> dict[str, bytes]:
     """Every file that a run promises, by path; logs and Snakemake's own time stamps apart."""
     results = project / "results"

@@ -1,6 +1,5 @@
 rule calibrate:
     input:
-        config=ancient("<results>/config.json"),
         weights=plan.weights(),
         lq=expand(
             "<results>/clips/{dataset}/LQ/{clip}",
@@ -15,7 +14,8 @@ rule calibrate:
         "../../environment.yml"
     threads: plan.config.threads
     params:
+        config=plan.settings_file,
         settings=plan.digest("backbone", "sampling", "calibration", "seed", "threads"),
         code=code_digest("qvsr/stages/calibrate.py", "qvsr/data/clips.py", "qvsr/data/calibration.py", "qvsr/models/**/*.py"),
     shell:
-        "python -m qvsr calibrate --config {input.config} --out {output} {input.lq} > {log} 2>&1"
+        "python -m qvsr calibrate --config {params.config} --out {output} {input.lq} > {log} 2>&1"

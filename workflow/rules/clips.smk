@@ -1,6 +1,4 @@
 rule clips:
-    input:
-        config=ancient("<results>/config.json"),
     output:
         gt=directory("<results>/clips/{dataset}/GT/{clip}"),
         lq=directory("<results>/clips/{dataset}/LQ/{clip}"),
@@ -9,6 +7,7 @@ rule clips:
     conda:
         "../../environment.yml"
     params:
+        config=plan.settings_file,
         settings=lambda wildcards: plan.clip_digest(wildcards.dataset, wildcards.clip),
         code=code_digest(
             "qvsr/stages/clips.py",
@@ -18,5 +17,5 @@ rule clips:
             "qvsr/data/motion.py",
         ),
     shell:
-        "python -m qvsr clips --config {input.config} --dataset {wildcards.dataset} --clip {wildcards.clip}"
+        "python -m qvsr clips --config {params.config} --dataset {wildcards.dataset} --clip {wildcards.clip}"
         " --gt {output.gt} --lq {output.lq} > {log} 2>&1"

@@ -1,6 +1,5 @@
 rule figures:
     input:
-        config=ancient("<results>/config.json"),
         measured=plan.measured(),
         frames=plan.picture_frames(),
     output:
@@ -10,7 +9,8 @@ rule figures:
     conda:
         "../../environment.yml"
     params:
+        config=plan.settings_file,
         settings=plan.digest("methods", "metrics", "bits", "picture"),
         code=code_digest("qvsr/stages/figures.py", "qvsr/report/*.py", "qvsr/results.py", "qvsr/data/clips.py"),
     shell:
-        "python -m qvsr figures --config {input.config} --out {output} {input.measured} > {log} 2>&1"
+        "python -m qvsr figures --config {params.config} --out {output} {input.measured} > {log} 2>&1"

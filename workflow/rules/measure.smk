@@ -1,6 +1,5 @@
 rule measure:
     input:
-        config=ancient("<results>/config.json"),
         pred="<results>/restored/{dataset}/{method}-{bits}/{clip}",
         gt="<results>/clips/{dataset}/GT/{clip}",
         fp="<results>/restored/{dataset}/full_precision-W32A32/{clip}",
@@ -12,6 +11,7 @@ rule measure:
         "../../environment.yml"
     threads: plan.config.threads
     params:
+        config=plan.settings_file,
         settings=plan.digest("metrics", "protocol", "seed", "threads", "backbone.name"),
         code=code_digest(
             "qvsr/stages/measure.py",
@@ -22,5 +22,5 @@ rule measure:
             "metrics/*.py",
         ),
     shell:
-        "python -m qvsr measure --config {input.config} --pred {input.pred} --gt {input.gt} --fp {input.fp}"
+        "python -m qvsr measure --config {params.config} --pred {input.pred} --gt {input.gt} --fp {input.fp}"
         " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits} --out {output} > {log} 2>&1"

@@ -1,6 +1,5 @@
 rule quantize:
     input:
-        config=ancient("<results>/config.json"),
         weights=plan.weights(),
         calibration="<results>/calibration",
     output:
@@ -11,6 +10,7 @@ rule quantize:
         "../../environment.yml"
     threads: plan.config.threads
     params:
+        config=plan.settings_file,
         settings=lambda wildcards: plan.method_digest(wildcards.method),
         code=code_digest(
             "qvsr/stages/quantize.py",
@@ -23,5 +23,5 @@ rule quantize:
             "baselines/*.py",
         ),
     shell:
-        "python -m qvsr quantize --config {input.config} --method {wildcards.method} --bits {wildcards.bits}"
+        "python -m qvsr quantize --config {params.config} --method {wildcards.method} --bits {wildcards.bits}"
         " --calibration {input.calibration} --out {output} > {log} 2>&1"

@@ -1,6 +1,5 @@
 rule restore:
     input:
-        config=ancient("<results>/config.json"),
         weights=plan.weights(),
         checkpoint=lambda wildcards: plan.checkpoint(wildcards.method, wildcards.bits),
         lq="<results>/clips/{dataset}/LQ/{clip}",
@@ -12,11 +11,16 @@ rule restore:
         "../../environment.yml"
     threads: plan.config.threads
     params:
+        config=plan.settings_file,
         settings=plan.digest("backbone", "sampling", "seed", "threads"),
         code=code_digest(
-            "qvsr/stages/restore.py", "qvsr/data/clips.py", "qvsr/models/**/*.py", "qvsr/quant/**/*.py",
-            "!qvsr/quant/cost.py", "qvsr/kernels/**/*.py"
+            "qvsr/stages/restore.py",
+            "qvsr/data/clips.py",
+            "qvsr/models/**/*.py",
+            "qvsr/quant/**/*.py",
+            "!qvsr/quant/cost.py",
+            "qvsr/kernels/**/*.py",
         ),
     shell:
-        "python -m qvsr restore --config {input.config} --method {wildcards.method} --bits {wildcards.bits}"
+        "python -m qvsr restore --config {params.config} --method {wildcards.method} --bits {wildcards.bits}"
         " --checkpoint '{input.checkpoint}' --lq {input.lq} --out {output} > {log} 2>&1"

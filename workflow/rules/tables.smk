@@ -1,6 +1,5 @@
 rule tables:
     input:
-        config=ancient("<results>/config.json"),
         weights=plan.weights(),
         checkpoints=[file for method, bits in plan.rows() for file in plan.checkpoint(method, bits)],
         measured=plan.measured(),
@@ -12,8 +11,9 @@ rule tables:
         "../../environment.yml"
     threads: plan.config.threads
     params:
+        config=plan.settings_file,
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
         settings=plan.digest("methods", "metrics", "sampling.tile"),
         code=code_digest("qvsr/stages/tables.py", "qvsr/report/tables.py", "qvsr/results.py", "qvsr/quant/cost.py"),
     shell:
-        "python -m qvsr tables --config {input.config} --out {output} {params.checkpoints} {input.measured} > {log} 2>&1"
+        "python -m qvsr tables --config {params.config} --out {output} {params.checkpoints} {input.measured} > {log} 2>&1"
