@@ -106,7 +106,7 @@ class Plan:
         """As :func:`resolve`; what cannot work ends the program with one line, without Snakemake's traceback."""
         try:
             plan = cls(resolve(files, overrides))
-            plan.pairs()
+            plan.picture()  # finds every clip
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
         return plan
@@ -162,7 +162,10 @@ class Plan:
 
     def picture(self) -> tuple[str, str]:
         """(dataset, clip) shown in the comparison picture."""
-        return self.config.picture or self.pairs()[0]
+        chosen = self.config.picture or self.pairs()[0]
+        if chosen not in self.pairs():
+            raise ConfigError("picture: " + suggest("clip", "/".join(chosen), ("/".join(pair) for pair in self.pairs())))
+        return chosen
 
     def picture_frames(self) -> list[str]:
         """Folders of frames that the comparison picture is made of."""

@@ -82,7 +82,9 @@ def is_disk_full(error: BaseException) -> bool:
     >>> is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
     True
     """
-    return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error) or "os error 28" in str(error)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return "No space left on device" in str(error) or any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 def _room(path: Path) -> str:

@@ -120,7 +120,7 @@ def environment() -> dict[str, str]:
 
 
 def snakemake_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "config/tiny.yaml", *arguments]
+    return [sys.executable, "-m", "snakemake", "--configfile", "config/tiny.yaml", "--cores", "2", *arguments]
 
 
 def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
