@@ -233,3 +233,20 @@ def cost(
 
     with atomic_path(out) as partial:
         partial.write_text(cost_csv(cost_lines(planned_costs(resolved, rank), resolved.methods)))
+
+
+@app.command()
+def train(
+    weights: Annotated[Path, typer.Option(help="safetensors to write: U-Net, structure encoder, context")],
+    vae_weights: Annotated[Path, typer.Option(help="safetensors to write: the video autoencoder")],
+    state: Annotated[Path, typer.Option(help="folder of states and curves; the same folder resumes")],
+    config: ConfigOption = plan.DEFAULT,
+    seconds: Annotated[float | None, typer.Option(help="stop after about this time with everything saved")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train the small backbone; continues where it was stopped."""
+    resolved = settings(config, set_)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from qvsr.stages import train as stage
+
+    stage.run(resolved, weights, vae_weights, state, seconds)

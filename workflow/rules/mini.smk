@@ -1,16 +1,27 @@
-# Trains mgld-mini again. The main job reads the weights that are in the repository and never asks for these files.
+# Trains the small backbone again, into a folder of its own: the main job reads the weights that are in the repository and never
+# asks for these files. Photographs, states and curves are kept in `state`, from which a killed training goes on.
 
 
 rule mini_weights:
     output:
-        "<results>/training/mgld-mini.safetensors",
-        "<results>/training/mgld-mini-vae.safetensors",
+        weights="<results>/training/mgld-mini.safetensors",
+        vae="<results>/training/mgld-mini-vae.safetensors",
     log:
         "<results>/logs/mini_weights.log",
     conda:
         "../../environment.yml"
     threads: workflow.cores or 1
     params:
-        code=code_digest("qvsr/training/*.py", "qvsr/models/**/*.py", "qvsr/data/degrade.py"),
+        config=plan.settings_file,
+        state=str(plan.output / "training" / "state"),
+        settings=plan.digest("training", "backbone"),
+        code=code_digest(
+            "qvsr/stages/train.py",
+            "qvsr/training/*.py",
+            "qvsr/models/**/*.py",
+            "qvsr/data/degrade.py",
+            "qvsr/data/motion.py",
+        ),
     shell:
-        "python -m qvsr train --threads {threads} --out {output} > {log} 2>&1"
+        "python -m qvsr train --config {params.config} --weights {output.weights} --vae-weights {output.vae}"
+        " --state {params.state} > {log} 2>&1"

@@ -1,0 +1,93 @@
+"""What the documents say is there: files that links name, commands, settings, and nothing of a stranger's machine."""
+
+import re
+import subprocess
+
+import pytest
+
+from qvsr.provenance import ROOT
+
+
+def documents():
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "*.md"], capture_output=True, text=True).stdout.split()
+    return sorted(listed) or sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("*.md"))
+
+
+@pytest.mark.parametrize("document", documents())
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        file = (ROOT / document).parent / target if target else ROOT / document
+        assert file.exists(), f"{document} links to {target}"
+        if anchor:
+            heads = [re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)]
+            assert anchor[1:] in heads, f"{document} links to {target}{anchor}"
+
+
+@pytest.mark.parametrize("document", documents())
+def test_paths_in_backticks_exist(document):
+    """Paths of our own tree; what a run writes, or an example adds, is not there."""
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"`((?:qvsr|baselines|metrics|workflow|config|tests|docs|scripts)/[\w./-]+)`", text):
+        if not path.startswith(("baselines/half", "metrics/mae", "tests/baselines/test_half", "tests/metrics/test_mae")):
+            assert (ROOT / path).exists(), f"{document} names {path}"
+
+
+def test_commands_of_the_readme_are_known():
+    from typer.main import get_command
+
+    from qvsr.cli import app
+
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "config/README.md", "CONTRIBUTING.md"))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for line in re.findall(r"^make ([a-z -]+?)(?:\s*#.*)?$", text, flags=re.MULTILINE):
+        assert set(line.split()) <= targets, line
+    stages = set(get_command(app).commands)
+    for stage in re.findall(r"python -m qvsr (\w+)", text):
+        assert stage in stages, stage
+
+
+def test_the_readme_shows_table_picture_and_the_two_commands_first():
+    first = (ROOT / "README.md").read_text().splitlines()[:60]
+    text = "\n".join(first)
+    assert "results/reference/comparison.png" in text
+    assert "<!-- table: begin -->" in text
+    assert text.index("make tables") < text.index("make test")
+
+
+def test_the_readme_table_is_the_committed_one():
+    table = (ROOT / "README.md").read_text().split("<!-- table: begin -->\n")[1].split("<!-- table: end -->")[0]
+    assert table.strip() == (ROOT / "results" / "reference" / "metrics.md").read_text().strip(), "run: make reference"
+
+
+def test_examples_of_the_documents_run():
+    """The method and the metric of docs/add-a-*.md, as they stand there."""
+    import torch
+
+    import baselines  # noqa: F401
+    import metrics  # noqa: F401
+    from qvsr.config import QuantSpec
+    from qvsr.quant.layer import QuantLayer
+    from qvsr.registry import BASELINES, METRICS
+
+    for name in ("add-a-baseline", "add-a-metric"):
+        code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), re.DOTALL)[1]
+        exec(compile(code, name, "exec"), {"__name__": name})
+    try:
+        unet = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        quantized = BASELINES["half"](unet, [], QuantSpec(method="half", weight_bits=4, act_bits=4, exclude=("0",)))
+        assert [isinstance(layer, QuantLayer) for layer in quantized] == [False, True]
+        assert METRICS["mae"](torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)).tolist() == [0.5]
+    finally:
+        BASELINES.entries.pop("half", None)
+        METRICS.entries.pop("mae", None)
+
+
+def test_notice_names_every_source_of_data():
+    notice = (ROOT / "NOTICE").read_text()
+    for word in ("bigbuckbunny.mp4", "Blender Foundation", "Creative Commons Attribution 3.0", "bikes.mp4", "carphone_pristine.mp4", "scikit-image"):
+        assert word in notice
+    photographs = notice.split("photographs: begin -->")[1].split("<!-- photographs: end")[0]
+    assert "licence" in photographs
