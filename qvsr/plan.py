@@ -34,12 +34,12 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config
     Raises:
         ConfigError: one line that names the file and the key, an unknown method or metric included.
     """
-    files = [Path(file) for file in files] or [ROOT / DEFAULT]
+    paths = [Path(file) for file in files] or [ROOT / DEFAULT]
     data: dict[str, Any] = {}
-    for file in files:
+    for file in paths:
         data = settings.merge(data, settings.read(file))
     data = settings.merge(data, {key: value for key, value in overrides.items() if key != "extends"})
-    config = settings.validate(data, " + ".join(_short(file) for file in files))
+    config = settings.validate(data, " + ".join(_short(file) for file in paths))
     check_names(config)
     return config
 

@@ -64,6 +64,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             yield partial
             if not partial.exists():
                 raise FileNotFoundError(f"nothing was written for {path}")
+            _share(partial)
             _replace(partial, path)
         except BaseException:
             _remove(partial)
@@ -118,6 +119,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _share(partial: Path) -> None:
+    """Permissions as for any new file: safetensors makes its files unreadable for everybody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [partial, *partial.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _replace(partial: Path, path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from qvsr.config import Config
 from qvsr.data import clips
 from qvsr.plan import UNQUANTIZED, clip_name
 from qvsr.progress import progress
+
+if TYPE_CHECKING:
+    from qvsr.models.unet import InflatedUNet
 
 
 class RestoreStageError(ValueError):
@@ -48,7 +52,7 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
             header = quantized.read_header(checkpoint)
             if (header["method"], header["bits"]) != (method, bits):
                 raise RestoreStageError(f"{checkpoint} is {header['method']} {header['bits']}, not {method} {bits}")
-            backbone = replace(backbone, unet=quantized.load(checkpoint, backbone.unet))
+            backbone = replace(backbone, unet=cast("InflatedUNet", quantized.load(checkpoint, backbone.unet)))
         flow = estimator(config.sampling.flow, config.backbone.flow_weights)
         with progress(f"restore {name} {method} {bits}") as report:
             pieces = list(

@@ -78,7 +78,7 @@ def test_cost_needs_no_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     header, *rows = out.read_text().splitlines()
     assert header.startswith("method,bits,params_m")
-    assert [row.split(",")[:2] for row in rows][0] == ["full_precision", "W32A32"]
+    assert rows[0].startswith("full_precision,W32A32,")
 
 
 def test_the_same_numbers_of_threads_everywhere():

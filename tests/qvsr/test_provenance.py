@@ -49,6 +49,16 @@ def test_a_failed_directory_is_removed_with_its_files(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as partial:
+            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
 def test_nothing_written_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing was written for .*a\.txt"), atomic_path(tmp_path / "a.txt"):
         pass

@@ -113,8 +113,10 @@ def test_every_module_that_a_stage_loads_is_in_its_digest(finished, tmp_path, ru
         "calibrate": ["--out", tmp_path / "out", results / "clips" / "calibration" / "LQ" / "run"],
         "quantize": ["--method", "quantvsr", "--bits", "W4A4", "--calibration", results / "calibration", "--out", tmp_path / "out"],
         "restore": ["--method", "quantvsr", "--bits", "W4A4", "--checkpoint", checkpoint, "--lq", clips / "LQ" / "walk", "--out", tmp_path / "out"],
-        "measure": ["--pred", restored / "maxmin-W4A4" / "walk", "--gt", clips / "GT" / "walk"]
-        + ["--fp", restored / "full_precision-W32A32" / "walk", "--out", tmp_path / "out"],
+        "measure": [
+            *("--pred", restored / "maxmin-W4A4" / "walk", "--gt", clips / "GT" / "walk"),
+            *("--fp", restored / "full_precision-W32A32" / "walk", "--out", tmp_path / "out"),
+        ],
         "tables": ["--checkpoint", checkpoint, "--out", tmp_path / "out", *measured],
         "figures": ["--out", tmp_path / "out", *measured],
     }[rule]
