@@ -23,7 +23,7 @@ smoke: $(READY)  ## one clip of five frames: results/smoke
 	$(SNAKEMAKE) --configfile config/smoke.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 lint: $(READY)
 	$(BIN)/ruff check .
