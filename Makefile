@@ -23,7 +23,7 @@ smoke: $(READY)  ## one clip of five frames: results/smoke
 	$(SNAKEMAKE) --configfile config/smoke.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
+	$(BIN)/python -m pytest -n 2 -q
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.workflow import tiny
 
-pytestmark = pytest.mark.xdist_group("workflow")
-
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """The last line says what is wrong, in words; there is no other error and no traceback."""

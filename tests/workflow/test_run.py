@@ -7,11 +7,7 @@ import signal
 import subprocess
 import time
 
-import pytest
-
 from tests.workflow import tiny
-
-pytestmark = pytest.mark.xdist_group("workflow")
 
 ROWS = {("bicubic", "W32A32"), ("full_precision", "W32A32"), ("maxmin", "W4A4"), ("quantvsr", "W4A4")}
 

@@ -11,8 +11,6 @@ import pytest
 from qvsr.provenance import ROOT
 from tests.workflow import tiny
 
-pytestmark = pytest.mark.xdist_group("workflow")
-
 AFTER_MEASURE = {"tables", "figures"}
 AFTER_RESTORE = {"measure", *AFTER_MEASURE}
 AFTER_QUANTIZE = {"restore", *AFTER_RESTORE}
