@@ -42,7 +42,17 @@ def update_results(results: Path) -> None:
     for needed in ("metrics.md", "comparison.png"):
         if not (REFERENCE / needed).is_file():
             sys.exit(f"error: {results} has no {needed}")
-    replace_between(ROOT / "README.md", "table", (REFERENCE / "metrics.md").read_text())
+    replace_between(ROOT / "README.md", "table", main_table((REFERENCE / "metrics.md").read_text()))
+
+
+def main_table(metrics: str) -> str:
+    """What the README shows of metrics.md: all but the list of signatures, and the title as a bold line."""
+    shown, inside = [], False
+    for line in metrics.splitlines():
+        inside = line.startswith("- Signatures:") or (inside and line.startswith("  "))
+        if not inside:
+            shown.append(f"**{line.removeprefix('### ')}**" if line.startswith("### ") else line)
+    return "\n".join(shown).strip()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What the documents say is there: files that links name, commands, settings, and nothing of a stranger's machine."""
 
 import re
+import runpy
 import subprocess
 
 import pytest
@@ -58,8 +59,26 @@ def test_the_readme_shows_table_picture_and_the_two_commands_first():
 
 
 def test_the_readme_table_is_the_committed_one():
+    script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
     table = (ROOT / "README.md").read_text().split("<!-- table: begin -->\n")[1].split("<!-- table: end -->")[0]
-    assert table.strip() == (ROOT / "results" / "reference" / "metrics.md").read_text().strip(), "run: make reference"
+    expected = script["main_table"]((ROOT / "results" / "reference" / "metrics.md").read_text())
+    assert table.strip() == expected, "run: make reference"
+
+
+def test_what_the_readme_shows_of_a_table():
+    script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
+    metrics = "### a, b: 1 clip\n\n| x |\n|---|\n| 1 |\n\n- A note.\n- Signatures:\n  - `one`\n  - `two`\n"
+    assert script["main_table"](metrics) == "**a, b: 1 clip**\n\n| x |\n|---|\n| 1 |\n\n- A note."
+
+
+def test_text_between_marks_is_replaced_and_nothing_else(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
+    file = tmp_path / "a.md"
+    file.write_text("before\n<!-- t: begin -->\nold\n<!-- t: end -->\nafter\n")
+    script["replace_between"](file, "t", "new")
+    assert file.read_text() == "before\n<!-- t: begin -->\nnew\n<!-- t: end -->\nafter\n"
+    with pytest.raises(SystemExit, match="must have <!-- u: begin --> and <!-- u: end --> once each"):
+        script["replace_between"](file, "u", "new")
 
 
 def test_examples_of_the_documents_run():

@@ -95,7 +95,7 @@ def test_a_backward_import_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [
-        ("import qvsr.cli, qvsr.plan", ["torch", "numpy", "pandas", "cv2", "pyiqa", "matplotlib", "snakemake"]),
+        ("import qvsr.cli, qvsr.plan, qvsr.data.datasets", ["torch", "numpy", "pandas", "cv2", "pyiqa", "matplotlib", "snakemake"]),
         (
             "import qvsr.quant, pkgutil, importlib\n"
             "for m in pkgutil.iter_modules(qvsr.quant.__path__): importlib.import_module('qvsr.quant.' + m.name)",
