@@ -9,13 +9,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qvsr.config import DegradationSettings, TrainingSettings
+from qvsr.config import TrainingSettings
 from qvsr.data.degrade import degrade_clip, generator, recipe_digest
 from qvsr.data.motion import Photograph, load_photograph, simulate_clip
 from qvsr.provenance import atomic_path
@@ -77,14 +78,15 @@ def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None
         return
     folder.mkdir(parents=True, exist_ok=True)
     held = files[::HELD_OUT_SHARE]
-    train = [file for file in files if file not in held]
-    jobs = [(i, train, settings) for i in range(settings.clips)] + [(settings.clips + i, held, settings) for i in range(settings.held_out)]
+    # Workers inherit the photographs by forking: none reads or copies them. OpenCV's thread pool does not survive a fork.
+    cv2.setNumThreads(0)
+    _photographs.update(train=[load_photograph(file) for file in files if file not in held], held=[load_photograph(file) for file in held])
+    jobs = [(row, settings) for row in range(settings.clips + settings.held_out)]
     size = settings.size
     with atomic_path(folder / "clips.gt.npy") as gt_file, atomic_path(folder / "clips.lq.npy") as lq_file:
         gt = np.lib.format.open_memmap(gt_file, "w+", np.uint8, (len(jobs), FRAMES, size, size, 3))
         lq = np.lib.format.open_memmap(lq_file, "w+", np.uint8, (len(jobs), FRAMES, size // UPSCALE, size // UPSCALE, 3))
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            # A worker keeps the photographs of one group at a time; the held-out group comes last.
             for done, (row, gt_clip, lq_clip) in enumerate(pool.imap_unordered(_make, jobs, chunksize=32), start=1):
                 gt[row], lq[row] = gt_clip, lq_clip
                 if done % 2000 == 0 or done == len(jobs):
@@ -95,23 +97,16 @@ def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None
         temporary.write_text(json.dumps(key, indent=2) + "\n")
 
 
-_loaded: tuple[str, list[Photograph]] = ("", [])
+_photographs: dict[str, list[Photograph]] = {}
 
 
-def _make(job: tuple[int, list[Path], TrainingSettings]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
-    global _loaded
-    import cv2
-
-    cv2.setNumThreads(1)
-    row, files, settings = job
-    if _loaded[0] != str(files[0]) + str(len(files)):
-        _loaded = (str(files[0]) + str(len(files)), [load_photograph(file) for file in files])
-    pool = _loaded[1]
+def _make(job: tuple[int, TrainingSettings]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
+    row, settings = job
+    pool = _photographs["train" if row < settings.clips else "held"]
     rng = generator(settings.seed, f"clip/{row}")
     scene, other = rng.choice(len(pool), 2, replace=False)
     gt = simulate_clip(pool[scene], pool[other], FRAMES, settings.size, rng)
-    degradation = DegradationSettings(preset=settings.degradation.preset, seed=settings.degradation.seed)
-    return row, gt, degrade_clip(gt, degradation, f"training/{row}")
+    return row, gt, degrade_clip(gt, settings.degradation, f"training/{row}")
 
 
 def _open(file: Path, device: torch.device) -> Tensor:

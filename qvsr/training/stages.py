@@ -19,7 +19,7 @@ from qvsr.models.unet import InflatedUNet
 from qvsr.training.clips import TrainingClips
 from qvsr.training.loop import fit
 
-CHUNK = 32  # clips encoded or sampled at a time
+CHUNK = 64  # clips encoded or sampled at a time
 SAMPLED = 3000  # clips whose latents the sampler makes for the decoder's stage
 SAMPLER_STEPS = 10
 TRUE_LATENTS = 0.4  # share of the decoder's clips that are shown the true latent
@@ -47,7 +47,15 @@ class Networks(nn.Module):
 class Stages:
     """The stages in order: :meth:`autoencoder`, :meth:`diffusion`, :meth:`decoder`."""
 
-    def __init__(self, backbone: BackboneSettings, settings: TrainingSettings, nets: Networks, clips: TrainingClips, folder: Path, deadline: float | None) -> None:
+    def __init__(
+        self,
+        backbone: BackboneSettings,
+        settings: TrainingSettings,
+        nets: Networks,
+        clips: TrainingClips,
+        folder: Path,
+        deadline: float | None,
+    ) -> None:
         self.backbone, self.settings, self.nets, self.clips = backbone, settings, nets, clips
         self.folder, self.deadline, self.device = folder, deadline, clips.device
         self.schedule = Schedule(backbone.schedule)
