@@ -209,9 +209,9 @@ class QuantVSRSettings(Settings):
     rank_max: int = Field(64, ge=1, description="largest rank of a branch")
     rank_multiple: int = Field(8, ge=1, description="ranks are multiples of this")
     quantile: float = Field(0.25, gt=0, lt=0.5, description="lower threshold of both complexities; the upper is 1 - quantile")
-    refine_updates: int = Field(900, ge=0, description="calibration samples that the refinement sees")
-    lba_updates: int = Field(900, ge=0, description="calibration samples that the bias alignment sees")
-    accumulate: int = Field(4, ge=1, description="samples a step of the optimizer")
+    refine_updates: int = Field(900, ge=0, description="optimizer steps of the refinement, each over `accumulate` samples")
+    lba_updates: int = Field(900, ge=0, description="optimizer steps of the bias alignment, each over `accumulate` samples")
+    accumulate: int = Field(4, ge=1, description="calibration samples of one optimizer step")
     learning_rate: float = Field(1e-3, gt=0, description="of refinement and bias alignment")
     weight_decay: float = Field(0.01, ge=0, description="of refinement and bias alignment")
 
