@@ -83,7 +83,10 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
                 raise ValueError(f"{name}: the loss is {row['loss']} at step {step}; lower training.{name}.learning_rate")
             _log(curve, {"step": step, "learning_rate": rate, **row})
             seconds = (time.monotonic() - started) / (step - first)
-            print(f"{name} {step}/{stage.steps} " + " ".join(f"{key} {fact:.4g}" for key, fact in row.items()) + f" {seconds:.3f} s/step", flush=True)
+            print(
+                f"{name} {step}/{stage.steps} " + " ".join(f"{key} {fact:.4g}" for key, fact in row.items()) + f" {seconds:.3f} s/step",
+                flush=True,
+            )
         late = deadline is not None and time.monotonic() > deadline
         if late or step % stage.save_every == 0 or step == stage.steps:
             _save(state_file, step, trained, optimizer, average)
@@ -107,7 +110,12 @@ def _save(file: Path, step: int, trained: dict[str, nn.Parameter], optimizer: to
     tensors = {}
     for key, parameter in trained.items():
         state = optimizer.state[parameter]
-        tensors |= {f"p.{key}": parameter.detach(), f"a.{key}": average.values[key], f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
+        tensors |= {
+            f"p.{key}": parameter.detach(),
+            f"a.{key}": average.values[key],
+            f"m.{key}": state["exp_avg"],
+            f"v.{key}": state["exp_avg_sq"],
+        }
     with atomic_path(file) as temporary:
         save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary, {"step": str(step)})
 

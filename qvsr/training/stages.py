@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from qvsr.training.clips import TrainingClips
 from qvsr.training.loop import fit
 
 CHUNK = 64  # clips encoded or sampled at a time
-SAMPLED = 3000  # clips whose latents the sampler makes for the decoder's stage
 SAMPLER_STEPS = 10
 TRUE_LATENTS = 0.4  # share of the decoder's clips that are shown the true latent
 
@@ -62,9 +60,6 @@ class Stages:
         acp = self.schedule.alphas_cumprod.double().to(self.device)
         self.signal, self.noise = acp.sqrt().float(), (1 - acp).sqrt().float()
 
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function) if self.settings.compile else function
-
     def half(self) -> torch.autocast:
         """bfloat16: half the memory traffic, and no loss scaling needed."""
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -85,15 +80,13 @@ class Stages:
             posterior, _ = vae.encode(x)
             return vae.decode(posterior.sample(noise)), posterior
 
-        run = self.compiled(reconstruct)
-
         def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             gt, up = self.clips.batch(stage.batch, rng)
             x = torch.cat([gt, up[: -(-stage.batch // 3)]]).flatten(0, 1)
             latent = (x.shape[0], self.backbone.vae.embed_dim, *(side // self.backbone.vae.factor for side in x.shape[2:]))
             noise = torch.randn(latent, generator=rng, device=self.device)
             with self.half():
-                out, posterior = run(x.contiguous(memory_format=torch.channels_last), noise)
+                out, posterior = reconstruct(x.contiguous(memory_format=torch.channels_last), noise)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             return image_loss(out.float(), x) + 1e-4 * kl, {"psnr": psnr(out.detach(), x), "kl": kl.detach()}
@@ -108,7 +101,6 @@ class Stages:
         hq, lq = self.latents(range(self.settings.clips))
         stage = self.settings.diffusion
         self.nets.train_only("unet.", "structure.", "context")
-        run = self.compiled(self.predict)
         levels = len(self.signal)
 
         def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,7 +112,7 @@ class Stages:
             noise = torch.randn(x0.shape, generator=rng, device=self.device)
             a, s = self.levels(t)
             target = a * noise - s * x0 if self.backbone.schedule.parameterization == "v" else noise
-            return F.mse_loss(run(a * x0 + s * noise, z, t), target), {}
+            return F.mse_loss(self.predict(a * x0 + s * noise, z, t), target), {}
 
         self._fit("diffusion", loss, self.nets)
 
@@ -179,7 +171,7 @@ class Stages:
     def decoder(self) -> None:
         """The video decoder learns to decode what the sampler makes, with the LQ frames' features beside it."""
         stage = self.settings.decoder
-        count = min(SAMPLED, self.settings.clips)
+        count = min(self.settings.sampled, self.settings.clips)
         hq, lq = self.latents(range(count))
         rng = self.generator(1)
         sampled = torch.cat([self.sample(part.float(), rng).bfloat16() for part in lq.split(CHUNK)])
@@ -187,7 +179,6 @@ class Stages:
         if not (self.folder / "decoder.state.safetensors").is_file():
             quiet_start(vae)
         self.nets.train_only("vae.decoder.", "vae.post_quant_conv.")
-        run = self.compiled(vae.decode)
 
         def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             rows = torch.randint(count, (stage.batch,), generator=rng, device=self.device)
@@ -197,7 +188,7 @@ class Stages:
             with self.half():
                 with torch.no_grad():
                     features = vae.encode(up.flatten(0, 1).contiguous(memory_format=torch.channels_last))[1]
-                out = run(z, features).float()
+                out = vae.decode(z, features).float()
             target = gt.flatten(0, 1)
             return image_loss(out, target), {"psnr": psnr(out.detach(), target)}
 
