@@ -1,9 +1,10 @@
 # One command each; every target makes .venv from the lock when it is missing or older than the lock.
 PYTHON ?= python3.11
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+MEMORY_MB ?= 4000
 BIN := .venv/bin
 READY := .venv/.ready
-SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --resources mem_mb=$(MEMORY_MB)
 
 .PHONY: all setup tables figures smoke test lint dry reference clean
 .DEFAULT_GOAL := tables

@@ -90,8 +90,8 @@ def _digest(values: Any) -> str:
 
 
 def to_json(config: Config) -> str:
-    """The resolved settings, the form in which a run keeps them (``{output}/config.json``)."""
-    return json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+    """The resolved settings, the form in which a run keeps them (``{output}/config.json``); the order of clips means something and stays."""
+    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
 
 
 class Plan:

@@ -122,3 +122,12 @@ def test_settings_file_holds_everything(run, file):
     run.output = file.parent / "out"
     run.write_settings()
     assert plan.resolve([run.settings_file], {}) == run.config
+
+
+def test_settings_file_keeps_the_order_of_clips(file, tmp_path):
+    """`limit` takes the first clips and the picture is of the first: the stages must see the order that the workflow saw."""
+    (tmp_path / "other.yaml").write_text(file.read_text().replace("bikes: {", "walk: {"))
+    run = plan.Plan(plan.resolve([tmp_path / "other.yaml"], {"output": str(tmp_path / "out")}))
+    run.write_settings()
+    again = plan.Plan(plan.resolve([run.settings_file], {}))
+    assert again.pairs() == run.pairs() == [("clips", "walk"), ("clips", "carphone")]

@@ -13,6 +13,8 @@ rule calibrate:
     conda:
         "../../environment.yml"
     threads: plan.config.threads
+    resources:
+        mem_mb=1300,
     params:
         config=plan.settings_file,
         settings=plan.digest("backbone", "sampling", "calibration", "seed", "threads"),

@@ -8,6 +8,8 @@ rule figures:
         "<results>/logs/figures.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=1100,
     params:
         config=plan.settings_file,
         settings=plan.digest("methods", "metrics", "bits", "picture"),

@@ -10,6 +10,8 @@ rule measure:
     conda:
         "../../environment.yml"
     threads: plan.config.threads
+    resources:
+        mem_mb=1100,
     params:
         config=plan.settings_file,
         settings=plan.digest("metrics", "protocol", "seed", "threads", "backbone.name"),

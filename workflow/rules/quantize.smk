@@ -9,6 +9,8 @@ rule quantize:
     conda:
         "../../environment.yml"
     threads: plan.config.threads
+    resources:
+        mem_mb=1300,
     params:
         config=plan.settings_file,
         settings=lambda wildcards: plan.method_digest(wildcards.method),

@@ -10,6 +10,8 @@ rule restore:
     conda:
         "../../environment.yml"
     threads: plan.config.threads
+    resources:
+        mem_mb=1300,
     params:
         config=plan.settings_file,
         settings=plan.digest("backbone", "sampling", "seed", "threads"),

@@ -10,6 +10,8 @@ rule tables:
     conda:
         "../../environment.yml"
     threads: plan.config.threads
+    resources:
+        mem_mb=1300,
     params:
         config=plan.settings_file,
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
