@@ -8,6 +8,7 @@ frame ``t`` of clip ``b``.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         # torch's kernels accumulate in float32 themselves; autocast would widen the whole map first, which costs more
-        # memory traffic than the norm.
-        with torch.autocast(x.device.type, enabled=False):
+        # memory traffic than the norm. The meta device, where costs are counted, has no autocast.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

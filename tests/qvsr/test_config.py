@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qvsr.config import Config, ConfigError, explain, load, merge, parse_bits, schema
+from qvsr.config import Config, ConfigError, TrainingSettings, explain, load, merge, parse_bits, schema
 from qvsr.provenance import ROOT
 
 MINIMAL = """
@@ -114,8 +114,8 @@ def test_every_key_is_explained_in_config_readme():
 
 def test_explained_defaults_are_those_of_the_outer_class():
     shown = {key: default for key, default, _ in explain()}
-    assert shown["training.decoder.learning_rate"] == "0.0004"
-    assert shown["training.diffusion.learning_rate"] == "0.001"
+    for stage in ("autoencoder", "diffusion", "decoder"):
+        assert shown[f"training.{stage}.learning_rate"] == str(getattr(TrainingSettings(), stage).learning_rate)
     assert shown["datasets.<name>.kind"] == "required"
     assert shown["bits"] == "[W8A8, W6A6, W4A4]"
 
