@@ -4,7 +4,8 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 MEMORY_MB ?= 4000
 BIN := .venv/bin
 READY := .venv/.ready
-SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) --resources mem_mb=$(MEMORY_MB)
+SNAKEMAKE := $(BIN)/snakemake
+LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) # behind the targets: --resources takes all words that follow it
 
 .PHONY: all setup tables figures smoke test lint dry reference clean
 .DEFAULT_GOAL := tables
@@ -18,22 +19,23 @@ $(READY): requirements.lock
 	touch $@
 
 tables: $(READY)  ## the main job: results/tables and results/figures
-	$(SNAKEMAKE) results/tables results/figures
+	$(SNAKEMAKE) results/tables results/figures $(LIMITS)
 
 smoke: $(READY)  ## one clip of five frames: results/smoke
-	$(SNAKEMAKE) --configfile config/smoke.yaml
+	$(SNAKEMAKE) --configfile config/smoke.yaml $(LIMITS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -q
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
 dry: $(READY)
-	$(SNAKEMAKE) --dry-run --quiet rules
+	$(SNAKEMAKE) --dry-run --quiet rules $(LIMITS)
 
 reference: tables  ## results/reference and the README's table from this run
 	$(BIN)/python scripts/update_readme.py

@@ -21,7 +21,12 @@ from qvsr.config import Config, ConfigError, explain, schema
 from qvsr.provenance import atomic_path
 
 app = typer.Typer(
-    name="qvsr", help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    name="qvsr",
+    help=__doc__.splitlines()[0],
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check settings, or write them out with all defaults.")
 app.add_typer(config_app, name="config")
@@ -80,7 +85,9 @@ def config_check(path: Annotated[Path, typer.Argument(help="settings, YAML")] = 
 
 
 @config_app.command("write")
-def config_write(out: Out, path: Annotated[Path, typer.Option("--config", help="settings, YAML")] = plan.DEFAULT, set_: SetOption = None) -> None:
+def config_write(
+    out: Out, path: Annotated[Path, typer.Option("--config", help="settings, YAML")] = plan.DEFAULT, set_: SetOption = None
+) -> None:
     """Write settings out with all defaults, as the JSON that a run keeps."""
     text = plan.to_json(settings(path, set_))
     with atomic_path(out) as partial:

@@ -67,7 +67,9 @@ def declared(package: str, registry: str) -> list[str]:
     True
     """
     pattern = re.compile(rf"""\b{registry}\.add\(\s*["']([^"']+)["']""")
-    return sorted(name for file in (ROOT / package).glob("*.py") if file.name != "registry.py" for name in pattern.findall(file.read_text()))
+    return sorted(
+        name for file in (ROOT / package).glob("*.py") if file.name != "registry.py" for name in pattern.findall(file.read_text())
+    )
 
 
 def settings_digest(config: Config, *keys: str) -> str:
@@ -144,7 +146,13 @@ class Plan:
 
     def quantized(self) -> list[tuple[str, str]]:
         """(method, bits) of every quantized checkpoint."""
-        return [(method, bits) for method in self.config.methods if method not in UNQUANTIZED for bits in self.config.bits if bits != UNQUANTIZED_BITS]
+        return [
+            (method, bits)
+            for method in self.config.methods
+            if method not in UNQUANTIZED
+            for bits in self.config.bits
+            if bits != UNQUANTIZED_BITS
+        ]
 
     def rows(self) -> list[tuple[str, str]]:
         """(method, bits) of every row of the tables, unquantized ones first."""

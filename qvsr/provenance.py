@@ -73,7 +73,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            raise DiskFullError(f"{path}: the disk is full ({_room(path)}); free some space or change output, then run the same command") from error
+            raise DiskFullError(
+                f"{path}: the disk is full ({_room(path)}); free some space or change output, then run the same command"
+            ) from error
         raise
 
 

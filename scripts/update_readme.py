@@ -1,7 +1,7 @@
 """Copy the tables and pictures of the last run to results/reference and put the main table into the README.
 
-    python scripts/update_readme.py           after `make tables`
-    python scripts/update_readme.py --keys    only the table of settings in config/README.md
+python scripts/update_readme.py           after `make tables`
+python scripts/update_readme.py --keys    only the table of settings in config/README.md
 """
 
 import argparse
@@ -25,7 +25,9 @@ def replace_between(file: Path, mark: str, text: str) -> None:
 
 
 def update_keys() -> None:
-    table = subprocess.run([sys.executable, "-m", "qvsr", "schema", "--markdown"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    table = subprocess.run(
+        [sys.executable, "-m", "qvsr", "schema", "--markdown"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     replace_between(ROOT / "config" / "README.md", "keys", table)
 
 

@@ -23,7 +23,10 @@ def test_links_lead_somewhere(document):
         file = (ROOT / document).parent / target if target else ROOT / document
         assert file.exists(), f"{document} links to {target}"
         if anchor:
-            heads = [re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)]
+            heads = [
+                re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-")
+                for head in re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            ]
             assert anchor[1:] in heads, f"{document} links to {target}{anchor}"
 
 
@@ -106,7 +109,14 @@ def test_examples_of_the_documents_run():
 
 def test_notice_names_every_source_of_data():
     notice = (ROOT / "NOTICE").read_text()
-    for word in ("bigbuckbunny.mp4", "Blender Foundation", "Creative Commons Attribution 3.0", "bikes.mp4", "carphone_pristine.mp4", "scikit-image"):
+    for word in (
+        "bigbuckbunny.mp4",
+        "Blender Foundation",
+        "Creative Commons Attribution 3.0",
+        "bikes.mp4",
+        "carphone_pristine.mp4",
+        "scikit-image",
+    ):
         assert word in notice
     photographs = notice.split("photographs: begin -->")[1].split("<!-- photographs: end")[0]
     assert "licence" in photographs

@@ -3,9 +3,12 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
+import pytest
 import yaml
 
 from qvsr.provenance import ROOT
@@ -40,7 +43,9 @@ def test_what_pyproject_asks_for_is_in_the_lock():
     for text in requirements():
         requirement = Requirement(text)
         assert canonical(requirement.name) in locked, f"{requirement.name} is in pyproject.toml, not in requirements.lock"
-        assert requirement.specifier.contains(locked[canonical(requirement.name)]), f"the lock has another {requirement.name} than pyproject.toml allows"
+        assert requirement.specifier.contains(locked[canonical(requirement.name)]), (
+            f"the lock has another {requirement.name} than pyproject.toml allows"
+        )
 
 
 def test_the_lock_is_what_is_installed_and_complete():
@@ -53,7 +58,9 @@ def test_the_lock_is_what_is_installed_and_complete():
         for text in importlib.metadata.requires(name) or []:
             needed = Requirement(text)
             if needed.marker is None or needed.marker.evaluate({"extra": ""}):
-                assert canonical(needed.name) in {*locked, "setuptools", "pip", "wheel"}, f"{name} needs {needed.name}, which is not in the lock"
+                assert canonical(needed.name) in {*locked, "setuptools", "pip", "wheel"}, (
+                    f"{name} needs {needed.name}, which is not in the lock"
+                )
 
 
 def test_the_lock_holds_nothing_that_nobody_asked_for():
@@ -92,11 +99,19 @@ def test_every_import_is_a_declared_dependency():
     for package in ("qvsr", "baselines", "metrics"):
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
-                roots = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                roots = (
+                    [a.name for a in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
                 for root in (name.split(".")[0] for name in roots):
                     if root in sys.stdlib_module_names or root in ("qvsr", "baselines", "metrics"):
                         continue
-                    assert of_module.get(root, set()) & names, f"{file.relative_to(ROOT)} imports {root}, which pyproject.toml does not list"
+                    assert of_module.get(root, set()) & names, (
+                        f"{file.relative_to(ROOT)} imports {root}, which pyproject.toml does not list"
+                    )
 
 
 def test_make_targets_of_ci_exist():
@@ -105,3 +120,18 @@ def test_make_targets_of_ci_exist():
     asked = set(workflow["jobs"]["check"]["strategy"]["matrix"]["target"])
     assert asked <= targets
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("target", ["tables", "smoke", "dry"])
+def test_the_command_of_a_make_target_is_one_that_snakemake_takes(target):
+    """Snakemake's options swallow the words behind them: a target in the wrong place is no target."""
+    printed = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = [line for line in printed.splitlines() if "bin/snakemake" in line]
+    words = command.split("#")[0].split()
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("snakemake")), *words[1:], "--dry-run", "--quiet", "rules"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

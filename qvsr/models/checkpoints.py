@@ -75,11 +75,15 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         backbone.first_stage.post_quant_conv = nn.Identity()  # type: ignore[assignment]
         _fill(backbone.first_stage, first_stage, settings.weights, FIRST_STAGE, unused=("decoder.", "post_quant_conv."))
     if CONTEXT not in weights:
-        raise CheckpointError(f"{settings.weights} has no key {CONTEXT!r}: the text context is computed once by `python -m qvsr assets import`")
+        raise CheckpointError(
+            f"{settings.weights} has no key {CONTEXT!r}: the text context is computed once by `python -m qvsr assets import`"
+        )
     context = weights[CONTEXT].float()
     expected = (1, settings.context_tokens, settings.unet.context_dim)
     if tuple(context.shape) != expected:
-        raise CheckpointError(f"{settings.weights}: {CONTEXT} is {tuple(context.shape)}, the configuration {settings.name} needs {expected}")
+        raise CheckpointError(
+            f"{settings.weights}: {CONTEXT} is {tuple(context.shape)}, the configuration {settings.name} needs {expected}"
+        )
     digest = hashlib.sha256()
     for file in (settings.weights, settings.vae_weights):
         digest.update(Path(str(file)).read_bytes())
@@ -96,7 +100,9 @@ def save_backbone(backbone: Backbone, weights: Path, vae_weights: Path, dtype: t
     for file, content in ((weights, tensors), (vae_weights, backbone.vae.state_dict())):
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:
-            save_file({key: value.to(dtype).contiguous() for key, value in content.items()}, temporary, {"backbone": backbone.settings.name})
+            save_file(
+                {key: value.to(dtype).contiguous() for key, value in content.items()}, temporary, {"backbone": backbone.settings.name}
+            )
 
 
 def _read(file: Path | None, key: str) -> dict[str, Tensor]:
@@ -120,7 +126,11 @@ def _fill(network: nn.Module, tensors: dict[str, Tensor], file: Path | None, pre
     found = {key: value for key, value in tensors.items() if not key.startswith(unused)} if unused else tensors
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
-        what = f"misses {len(missing)} keys, first {prefix}{missing[0]}" if missing else f"has {len(extra)} keys too many, first {prefix}{extra[0]}"
+        what = (
+            f"misses {len(missing)} keys, first {prefix}{missing[0]}"
+            if missing
+            else f"has {len(extra)} keys too many, first {prefix}{extra[0]}"
+        )
         raise CheckpointError(f"{file} is of another configuration: it {what}; check backbone.* in the configuration")
     for key, value in found.items():
         if value.shape != expected[key].shape:

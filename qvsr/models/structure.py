@@ -69,7 +69,9 @@ class StructureEncoder(nn.Module):
             tapped.append(channels)
             if level < len(s.channel_mult) - 1:
                 self.input_blocks.append(Block(Downsample(channels)))
-        self.middle_block = Block(ResBlock(channels, channels, emb), PixelAttention(channels, s.num_heads), ResBlock(channels, channels, emb))
+        self.middle_block = Block(
+            ResBlock(channels, channels, emb), PixelAttention(channels, s.num_heads), ResBlock(channels, channels, emb)
+        )
         self.fea_tran = nn.ModuleList(ResBlock(width, s.out_channels, emb) for width in tapped)
 
     def forward(self, z: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -123,7 +123,10 @@ def test_explained_defaults_are_those_of_the_outer_class():
 def test_every_field_has_a_reader():
     """A setting that nobody reads is a promise that nobody keeps."""
     code = "".join(
-        file.read_text() for package in ("qvsr", "baselines", "metrics") for file in (ROOT / package).rglob("*.py") if file.name != "config.py"
+        file.read_text()
+        for package in ("qvsr", "baselines", "metrics")
+        for file in (ROOT / package).rglob("*.py")
+        if file.name != "config.py"
     )
     config = (ROOT / "qvsr" / "config.py").read_text()
     for key, _, _ in explain():

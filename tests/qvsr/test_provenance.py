@@ -77,10 +77,17 @@ def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_writes
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota"), RuntimeError("IoError: No space left on device (os error 28)")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "quota"),
+        RuntimeError("IoError: No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_is_one_clear_line(tmp_path, error):
-    with pytest.raises(DiskFullError, match=r"a\.txt: the disk is full \(\d.* MB free in .*\); free some space") as caught, atomic_path(tmp_path / "a.txt"):
+    with (
+        pytest.raises(DiskFullError, match=r"a\.txt: the disk is full \(\d.* MB free in .*\); free some space") as caught,
+        atomic_path(tmp_path / "a.txt"),
+    ):
         raise error
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == []
@@ -131,7 +138,10 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path):
 
 def test_head_is_the_same_in_every_process():
     code = "import json; from qvsr.provenance import head; print(json.dumps(head()))"
-    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=provenance.ROOT).stdout for _ in range(2)}
+    runs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=provenance.ROOT).stdout
+        for _ in range(2)
+    }
     assert len(runs) == 1
     assert set(head()) == {"qvsr", "git", "versions", "device"}
 

@@ -63,11 +63,35 @@ def test_the_workflow_refuses_settings_before_it_starts(finished, override, word
         (["config", "check", "config/tiny.yaml", "--set", "sampling.step=1"], ["unknown key sampling.step", "did you mean steps?"]),
         (["config", "check", "config/tiny.yaml", "--set", "seed"], ["--set seed: KEY=VALUE is expected"]),
         (
-            ["quantize", "--config", "config/tiny.yaml", "--method", "maxmim", "--bits", "W4A4", "--calibration", "results/calibration", "--out", "x"],
+            [
+                "quantize",
+                "--config",
+                "config/tiny.yaml",
+                "--method",
+                "maxmim",
+                "--bits",
+                "W4A4",
+                "--calibration",
+                "results/calibration",
+                "--out",
+                "x",
+            ],
             ["no method 'maxmim'; did you mean maxmin?"],
         ),
         (
-            ["quantize", "--config", "config/tiny.yaml", "--method", "maxmin", "--bits", "4", "--calibration", "results/calibration", "--out", "x"],
+            [
+                "quantize",
+                "--config",
+                "config/tiny.yaml",
+                "--method",
+                "maxmin",
+                "--bits",
+                "4",
+                "--calibration",
+                "results/calibration",
+                "--out",
+                "x",
+            ],
             ["bits '4' is not WxAy"],
         ),
     ],
@@ -121,7 +145,18 @@ def test_sizes_that_do_not_match(finished, tmp_path):
     config["datasets"]["clips"] = {"kind": "paired", "path": str(tmp_path / "pairs"), "frames": 3}
     tiny.write_config(tmp_path / "pairs.yaml", config)
     folders = (tmp_path / "out" / "gt", tmp_path / "out" / "lq")
-    arguments = ["--config", str(tmp_path / "pairs.yaml"), "--dataset", "clips", "--clip", "a", "--gt", str(folders[0]), "--lq", str(folders[1])]
+    arguments = [
+        "--config",
+        str(tmp_path / "pairs.yaml"),
+        "--dataset",
+        "clips",
+        "--clip",
+        "a",
+        "--gt",
+        str(folders[0]),
+        "--lq",
+        str(folders[1]),
+    ]
     assert_one_line(tiny.stage(finished, "clips", *arguments), "GT is 64x64, LQ 20x20", "x4 needs GT 80x80")
     assert_nothing_written(*folders)
 
@@ -215,7 +250,10 @@ def small_disk(tmp_path):
     """A real file system of 64 kB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    )
     if not mounted:
         pytest.skip("only root may mount a small file system; the limit on file sizes tests the same path")
     yield folder

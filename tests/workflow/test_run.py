@@ -6,6 +6,9 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
+
+import pytest
 
 from tests.workflow import tiny
 
@@ -51,34 +54,55 @@ def test_the_same_files_byte_for_byte_when_run_twice(finished, tmp_path):
 
 
 def test_killed_three_times_and_resumed(finished, tmp_path):
-    """Twice everything dies at once (a machine that is switched off), once only Snakemake does and its jobs go on for a while."""
-    seed = int(os.environ.get("QVSR_KILL_SEED", random.SystemRandom().randrange(2**32)))
-    print(f"QVSR_KILL_SEED={seed}")  # pytest shows it when the test fails
-    draw = random.Random(seed)
-    jobs_done = sorted(draw.sample(range(12), 3))  # of 15: each kill comes this many jobs after the first start, and a moment later
-    orphans = draw.randrange(3)
     project = tiny.make(tmp_path / "project")
+    note = kill_and_resume(project, "tiny", "results")
+    compare(tiny.outputs(finished), tiny.outputs(project), note)
+
+
+@pytest.mark.timeout(1800)
+def test_smoke_killed_three_times_and_resumed(tmp_path):
+    """The run of ``make smoke`` itself: the trained weights on a real clip."""
+    whole, killed = tiny.make_smoke(tmp_path / "whole"), tiny.make_smoke(tmp_path / "killed")
+    done = tiny.snakemake(whole, config="smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    note = kill_and_resume(killed, "smoke", "results/smoke")
+    compare(tiny.outputs(whole, "results/smoke"), tiny.outputs(killed, "results/smoke"), note)
+
+
+def kill_and_resume(project: Path, config: str, results: str) -> str:
+    """Kill a run with SIGKILL at three random moments, then let it end.
+
+    Twice everything dies at once (a machine that is switched off), once only Snakemake does and its jobs go on for a while.
+
+    Returns:
+        the seed that repeats these moments, for messages.
+    """
+    seed = int(os.environ.get("QVSR_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    note = f"QVSR_KILL_SEED={seed}"
+    draw = random.Random(seed)
+    jobs_done = sorted(draw.sample(range(12), 3))  # of 15 or 16: each kill comes this many jobs after the first start, and a moment later
+    orphans = draw.randrange(3)
     for kill in range(3):
         running = subprocess.Popen(
-            tiny.snakemake_command(),
+            tiny.snakemake_command(config=config),
             cwd=project,
             env=tiny.environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        while tiny.done(project) < jobs_done[kill] and running.poll() is None:
+        while tiny.done(project / results) < jobs_done[kill] and running.poll() is None:
             time.sleep(0.05)
         time.sleep(draw.uniform(0.3, 1.5))
-        assert running.poll() is None, f"it ended before it was killed for the {kill + 1}. time; QVSR_KILL_SEED={seed}"
+        assert running.poll() is None, f"it ended before it was killed for the {kill + 1}. time; {note}"
         if kill == orphans:
             os.kill(running.pid, signal.SIGKILL)
         else:
             os.killpg(running.pid, signal.SIGKILL)
         running.wait()
-    done = tiny.snakemake(project)
-    assert done.returncode == 0, f"QVSR_KILL_SEED={seed}\n{done.stdout}{done.stderr}"
-    compare(tiny.outputs(finished), tiny.outputs(project), f"QVSR_KILL_SEED={seed}")
+    done = tiny.snakemake(project, config=config)
+    assert done.returncode == 0, f"{note}\n{done.stdout}{done.stderr}"
+    return note
 
 
 def compare(expected: dict[str, bytes], found: dict[str, bytes], note: str = "") -> None:

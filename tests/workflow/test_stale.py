@@ -86,7 +86,17 @@ def test_weights_of_another_training_make_everything_that_reads_them_stale(finis
 
 
 # What every stage loads and what decides nothing about its output by itself: settings arrive as values, which have a digest of their own.
-COMMON = {"qvsr", "qvsr.__main__", "qvsr.cli", "qvsr.config", "qvsr.registry", "qvsr.plan", "qvsr.provenance", "qvsr.progress", "qvsr.stages"}
+COMMON = {
+    "qvsr",
+    "qvsr.__main__",
+    "qvsr.cli",
+    "qvsr.config",
+    "qvsr.registry",
+    "qvsr.plan",
+    "qvsr.provenance",
+    "qvsr.progress",
+    "qvsr.stages",
+}
 LOADED = """
 import sys
 from qvsr.cli import main
@@ -110,7 +120,18 @@ def test_every_module_that_a_stage_loads_is_in_its_digest(finished, tmp_path, ru
         "clips": ["--dataset", "clips", "--clip", "walk", "--gt", tmp_path / "gt", "--lq", tmp_path / "lq"],
         "calibrate": ["--out", tmp_path / "out", results / "clips" / "calibration" / "LQ" / "run"],
         "quantize": ["--method", "quantvsr", "--bits", "W4A4", "--calibration", results / "calibration", "--out", tmp_path / "out"],
-        "restore": ["--method", "quantvsr", "--bits", "W4A4", "--checkpoint", checkpoint, "--lq", clips / "LQ" / "walk", "--out", tmp_path / "out"],
+        "restore": [
+            "--method",
+            "quantvsr",
+            "--bits",
+            "W4A4",
+            "--checkpoint",
+            checkpoint,
+            "--lq",
+            clips / "LQ" / "walk",
+            "--out",
+            tmp_path / "out",
+        ],
         "measure": [
             *("--pred", restored / "maxmin-W4A4" / "walk", "--gt", clips / "GT" / "walk"),
             *("--fp", restored / "full_precision-W32A32" / "walk", "--out", tmp_path / "out"),
@@ -133,6 +154,9 @@ def named(rule: str) -> set[str]:
     """Modules that a rule's code_digest covers; a package's empty __init__ needs no mention."""
     found: set[str] = set()
     for pattern in re.findall(r'"(!?(?:qvsr|baselines|metrics)/[^" ]*\.py)"', (ROOT / "workflow" / "rules" / f"{rule}.smk").read_text()):
-        files = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in ROOT.glob(pattern.removeprefix("!"))}
+        files = {
+            ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            for file in ROOT.glob(pattern.removeprefix("!"))
+        }
         found = found - files if pattern.startswith("!") else found | files
     return found | {name.rpartition(".")[0] for name in found}

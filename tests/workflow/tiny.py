@@ -119,12 +119,20 @@ def environment() -> dict[str, str]:
     return {**inherited, "XDG_CACHE_HOME": inherited.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
 
 
-def snakemake_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "snakemake", "--configfile", "config/tiny.yaml", "--cores", "2", *arguments]
+def make_smoke(folder: Path) -> Path:
+    """A project that is ready for ``config/smoke.yaml``: the trained weights and real clips."""
+    make(folder)
+    for file in (ROOT / "weights").glob("*.safetensors"):
+        shutil.copy(file, folder / "weights")
+    return folder
 
 
-def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(snakemake_command(*arguments), cwd=project, env=environment(), capture_output=True, text=True)
+def snakemake_command(*arguments: str, config: str = "tiny") -> list[str]:
+    return [sys.executable, "-m", "snakemake", "--configfile", f"config/{config}.yaml", "--cores", "2", *arguments]
+
+
+def snakemake(project: Path, *arguments: str, config: str = "tiny") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(snakemake_command(*arguments, config=config), cwd=project, env=environment(), capture_output=True, text=True)
 
 
 def stage(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -140,16 +148,16 @@ def due(project: Path, *arguments: str) -> set[str]:
     return set(re.findall(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.MULTILINE)) - {"all"}
 
 
-def done(project: Path) -> int:
+def done(results: Path) -> int:
     """How many jobs' outputs are there."""
     patterns = ("clips/*/LQ/*", "calibration", "quantized/*", "restored/*/*/*", "measured/*/*/*", "tables", "figures")
-    found = [path for pattern in patterns for path in (project / "results").glob(pattern)]
+    found = [path for pattern in patterns for path in results.glob(pattern)]
     return sum(not path.name.startswith(".") for path in found)
 
 
-def outputs(project: Path) -> dict[str, bytes]:
+def outputs(project: Path, root: str = "results") -> dict[str, bytes]:
     """Every file that a run promises, by path; logs and Snakemake's own time stamps apart."""
-    results = project / "results"
+    results = project / root
     return {
         str(file.relative_to(results)): file.read_bytes()
         for file in sorted(results.rglob("*"))

@@ -80,7 +80,9 @@ def test_damaged_file(saved: BackboneSettings) -> None:
 
 def test_other_width_is_refused(saved: BackboneSettings) -> None:
     other = tiny(saved.weights.parent, channels=64)
-    with pytest.raises(CheckpointError, match=r"of another configuration: model\.diffusion_model\..* is \(.*\), expected \(.*\); check backbone"):
+    with pytest.raises(
+        CheckpointError, match=r"of another configuration: model\.diffusion_model\..* is \(.*\), expected \(.*\); check backbone"
+    ):
         load_backbone(other)
 
 

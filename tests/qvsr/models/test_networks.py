@@ -56,7 +56,15 @@ def test_clip_count() -> None:
         clip_count(4, 5)
 
 
-UNET = UNetSettings(model_channels=64, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=32, context_dim=8, semb_channels=32)
+UNET = UNetSettings(
+    model_channels=64,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    attention_resolutions=(2,),
+    num_head_channels=32,
+    context_dim=8,
+    semb_channels=32,
+)
 
 
 def test_unet_sees_time_context_and_structure() -> None:
@@ -79,7 +87,11 @@ def test_unet_sees_time_context_and_structure() -> None:
 
 def test_structure_encoder_treats_frames_independently() -> None:
     torch.manual_seed(0)
-    net = randomised(StructureEncoder(StructureSettings(model_channels=64, out_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(1,))))
+    net = randomised(
+        StructureEncoder(
+            StructureSettings(model_channels=64, out_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(1,))
+        )
+    )
     z = torch.randn(4, 4, 8, 8)
     with torch.no_grad():
         together, alone = net(z, torch.tensor([3])), net(z[2:3], torch.tensor([3]))
@@ -91,7 +103,14 @@ def test_linear_shortcut_passes_blocks_through() -> None:
     """With the nonlinear path silenced and an orthogonal linear one, decode(encode(x)) is x."""
     settings = AutoencoderSettings(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=12, embed_dim=12, linear_shortcut=True)
     vae = VideoAutoencoder(settings).eval()
-    for conv in (vae.encoder.conv_out, vae.decoder.conv_out, vae.encoder.linear_shortcut, vae.decoder.linear_shortcut, vae.quant_conv, vae.post_quant_conv):
+    for conv in (
+        vae.encoder.conv_out,
+        vae.decoder.conv_out,
+        vae.encoder.linear_shortcut,
+        vae.decoder.linear_shortcut,
+        vae.quant_conv,
+        vae.post_quant_conv,
+    ):
         torch.nn.init.zeros_(conv.weight)
         torch.nn.init.zeros_(conv.bias)
     basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0].float()
