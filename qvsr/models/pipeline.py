@@ -241,15 +241,23 @@ def check(backbone: Backbone, lq_TCHW: Tensor, sampling: SamplingSettings, clip:
             f"sampling.frames_per_segment is {sampling.frames_per_segment}, but backbone {settings.name} works on "
             f"{settings.unet.num_frames} frames"
         )
-    levels = 2 ** (max(len(settings.unet.channel_mult), len(settings.structure.channel_mult)) - 1)
-    pixels = levels * settings.first_stage.factor
+    levels, factor = 2 ** (max(len(settings.unet.channel_mult), len(settings.structure.channel_mult)) - 1), settings.first_stage.factor
     for name, value, multiple in (
-        ("pad_multiple", sampling.pad_multiple, pixels),
-        ("image_tile", sampling.image_tile, pixels),
+        ("pad_multiple", sampling.pad_multiple, factor),
+        ("image_tile", sampling.image_tile, factor),
         ("tile", sampling.tile, levels),
     ):
         if value % multiple:
             raise RestoreError(f"sampling.{name} is {value}, but backbone {settings.name} needs a multiple of {multiple}")
+    # The networks see latent tiles. One is smaller than `tile` only where the latent is, and must be halved without remainder as well.
+    height, width = (side * sampling.upscale for side in lq_TCHW.shape[-2:])
+    for side in padded_size(height, width, sampling.pad_multiple):
+        latent = min(side, sampling.image_tile) // factor
+        if latent < sampling.tile and latent % levels:
+            raise RestoreError(
+                f"{clip}: {height}x{width} pixels make a latent {latent} wide or high, but backbone {settings.name} needs a multiple of "
+                f"{levels}; sampling.pad_multiple and sampling.image_tile that are multiples of {levels * factor} work"
+            )
 
 
 def _refuse_not_finite(x: Tensor, what: str) -> None:

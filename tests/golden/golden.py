@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,28 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
+def matching(tensors: dict[str, Tensor], pattern: str) -> dict[tuple[str, ...], Tensor]:
+    """The tensors whose whole name matches a pattern, by its groups; a set without any fails, for nothing would be compared."""
+    found = {match.groups(): value for key, value in tensors.items() if (match := re.fullmatch(pattern, key))}
+    assert found, f"the set has no tensor named like {pattern}"
+    return found
+
+
 def tolerance(meta: dict[str, Any]) -> float:
     """The absolute tolerance that a set states, else 1e-5."""
     return float(meta.get("tolerance", 1e-5))
 
 
-def assert_close(actual: Tensor, expected: Tensor, meta: dict[str, Any], what: str) -> None:
-    """Integers exactly, floating point to the set's tolerance."""
+def assert_close(actual: Tensor, expected: Tensor, meta: dict[str, Any], what: str, within: float | None = None) -> None:
+    """Integers exactly, floating point to the set's tolerance; `within` is one that the set states in words."""
+    allowed = tolerance(meta) if within is None else within
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not expected.is_floating_point():
         assert torch.equal(actual.to(expected.dtype), expected), f"{what}: integers differ"
         return
     assert torch.isfinite(actual).all(), f"{what}: not finite"
     worst = (actual.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
-    assert worst <= tolerance(meta), f"{what}: differs by {worst:.3g}, tolerance {tolerance(meta):.3g}"
+    assert worst <= allowed, f"{what}: differs by {worst:.3g}, tolerance {allowed:.3g}"
 
 
 def settings_from(cls: Any, config: dict[str, Any], **more: Any) -> Any:

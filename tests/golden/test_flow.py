@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from golden import assert_close, load
+from golden import assert_close, load, matching
 
 from qvsr.models.flow import occlusion, raft_names, resize_flow, warp
 
@@ -22,6 +22,7 @@ def test_occlusion() -> None:
 
 def test_resize() -> None:
     meta, tensors = load("flow")
+    assert len(meta["resize_sizes_hw"]) == len(matching(tensors, r"resize_out\.(\d+)"))
     for number, (height, width) in enumerate(meta["resize_sizes_hw"]):
         assert_close(resize_flow(tensors["resize_in"], height, width), tensors[f"resize_out.{number}"], meta, f"{height}x{width}")
 

@@ -23,6 +23,7 @@ def test_loss_and_gradient() -> None:
 def test_guided() -> None:
     meta, tensors = load("guidance")
     schedule = Schedule(ScheduleSettings()).respace(meta["respaced_steps"])
+    assert {f"guided.step{step}" for step in meta["step_indices"]} == {name for name in tensors if name.startswith("guided.")} != set()
     for step in meta["step_indices"]:
         log_variance = schedule.posterior_log_variance_clipped[step].item()
         with torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
-from golden import assert_close, load
+from golden import assert_close, load, matching
 
 from qvsr.models.pipeline import network_frames, segments
 from qvsr.models.tiling import pad_to_multiple, padded_size
@@ -14,23 +16,20 @@ def test_upscaling_and_padding() -> None:
     meta, tensors = load("eval_lq")
     lq = tensors["lq"].permute(0, 3, 1, 2).float() / 255
     upscaled = network_frames(lq, meta["upscale"])
-    named = {name: tensor for name, tensor in tensors.items() if name.startswith("upscaled_frame")}
-    for name, expected in named.items():
-        assert_close(upscaled[int(name.removeprefix("upscaled_frame"))].permute(1, 2, 0), expected, meta, name)
+    for (frame,), expected in matching(tensors, r"upscaled_frame(\d+)").items():
+        assert_close(upscaled[int(frame)].permute(1, 2, 0), expected, meta, f"frame {frame}")
     before = F.interpolate(lq * 2 - 1, scale_factor=meta["upscale"], mode="bicubic", align_corners=False)
-    for name in (name for name in tensors if name.startswith("upscaled_before_clamp_frame")):
-        assert_close(before[int(name.rpartition("frame")[2])].permute(1, 2, 0), tensors[name], meta, name)
+    for (frame,), expected in matching(tensors, r"upscaled_before_clamp_frame(\d+)").items():
+        assert_close(before[int(frame)].permute(1, 2, 0), expected, meta, f"frame {frame} before the clamp")
     last = segments(len(lq), meta["frames_per_segment"])[-1]
     multiple = common_multiple(meta)
-    for name in (name for name in tensors if name.startswith("last_segment_padded_frame")):
-        frame = last[int(name.rpartition("frame")[2])]
-        assert_close(pad_to_multiple(upscaled[[frame]], multiple)[0], tensors[name], meta, name)
+    for (place,), expected in matching(tensors, r"last_segment_padded_frame(\d+)").items():
+        assert_close(pad_to_multiple(upscaled[[last[int(place)]]], multiple)[0], expected, meta, f"padded frame {place}")
 
 
 def common_multiple(meta: dict) -> int:
     """The multiple that padded sizes share, as the set's text says it."""
-    text = " ".join(meta["info"])
-    return int(text.partition("to multiples of ")[2].split()[0])
+    return int(re.findall(r"to multiples of (\d+)", " ".join(meta["info"]))[0])
 
 
 def test_segments() -> None:

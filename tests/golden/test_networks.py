@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from golden import assert_close, load, load_json_gz, settings_from, under
+from golden import assert_close, load, load_json_gz, matching, settings_from, under
 
 from qvsr.config import AutoencoderSettings, StructureSettings, UNetSettings
 from qvsr.models.autoencoder import AutoencoderKL, VideoAutoencoder
 from qvsr.models.structure import StructureEncoder
 from qvsr.models.unet import InflatedUNet
+
+FRAME = re.compile(r"(\w+)_frame_(\d+)\.(\d+)")  # one frame of an output that has several parts: its number, the part
 
 
 def build(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -19,9 +23,10 @@ def build(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.n
 
 def stored(rows: torch.Tensor, meta: dict, name: str) -> torch.Tensor:
     """The rows (and channels) of an output that the set holds."""
-    frames, channels = meta.get("frames_stored"), meta.get("channels_stored", {}).get(name)
-    frames = frames.get(name) if isinstance(frames, dict) else frames
-    return rows[frames][:, :channels] if frames is not None else rows
+    frames, channels = (
+        facts.get(name) if isinstance(facts := meta.get(key), dict) else facts for key in ("frames_stored", "channels_stored")
+    )
+    return (rows if frames is None else rows[frames])[:, :channels]
 
 
 @pytest.mark.parametrize("name", ["unet", "unet_wide"])
@@ -31,14 +36,16 @@ def test_unet(name: str) -> None:
     structure = None
     if "struct_config" in meta:
         structure = build(StructureEncoder(settings_from(StructureSettings, meta["struct_config"])), under(tensors, "struct."))
+    assert len(meta["cases"]) == len(matching(tensors, r"case(\d+)\.out"))
     for i in range(len(meta["cases"])):
         case = under(tensors, f"case{i}.")
         with torch.no_grad():
             struct = under(case, "struct_cond.") or structure(case["latent"], case["timesteps"])
             out = unet(case["x"], case["timesteps"], case["context"], struct)
-        assert_close(out, case["out"], meta, f"{name} case {i}")
-        for width, expected in under(case, "struct_cond_frame_0.").items():
-            assert_close(struct[width][:1], expected, meta, f"{name} case {i} structure {width}")
+        assert_close(stored(out, meta, "out"), case["out"], meta, f"{name} case {i}")
+        for key, expected in case.items():
+            if match := FRAME.fullmatch(key):
+                assert_close(struct[match[3]][[int(match[2])]], expected, meta, f"{name} case {i} {key}")
 
 
 def test_structure_encoder() -> None:
@@ -49,7 +56,7 @@ def test_structure_encoder() -> None:
         with torch.no_grad():
             maps = structure(case["latent"], case["timesteps"])
         assert {key: list(value.shape) for key, value in maps.items()} == facts["struct_keys"]
-        for width, expected in under(case, "struct_cond_frames.").items():
+        for (width,), expected in matching(case, r"struct_cond_frames\.(\d+)").items():
             assert_close(stored(maps[width], meta, "struct_cond_frames"), expected, meta, f"case {i} width {width}")
 
 
@@ -66,8 +73,9 @@ def test_video_autoencoder(name: str) -> None:
                 results[key] = stored(vae.decode(tensors["z"], features), meta, key)
             if key.startswith("dec_fusion_w_"):
                 results[key] = vae.decode(tensors["z"], features, fusion_w=float(key.removeprefix("dec_fusion_w_")))
+            if match := FRAME.fullmatch(key):
+                results[key] = features[int(match[3])][[int(match[2])]]
         for i, feature in enumerate(features):
-            results[f"enc_fea_frame_0.{i}"] = feature[:1]
             results[f"enc_fea_frames.{i}"] = stored(feature, meta, "enc_fea_frames")
     expected = {key: value for key, value in tensors.items() if not key.startswith("w.") and key not in ("x", "eps", "z")}
     assert expected, "the set holds no outputs"

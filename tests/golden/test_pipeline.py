@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from golden import assert_close, load, settings_from, under
+from golden import assert_close, load, matching, settings_from, under
 from networks import diffusion, set_name
 
 from qvsr.config import AutoencoderSettings, SamplingSettings
@@ -58,9 +58,8 @@ def test_pipeline() -> None:
         rounding="truncate",
     )
     lq = tensors["lq"].permute(0, 3, 1, 2).float() / 255
-    for name in (name for name in tensors if name.startswith("upscaled_frame")):
-        frame = lq[[int(name.removeprefix("upscaled_frame"))]]
-        assert_close(network_frames(frame, sampling.upscale)[0].permute(1, 2, 0), tensors[name], meta, name)
+    for (frame,), expected in matching(tensors, r"upscaled_frame(\d+)").items():
+        assert_close(network_frames(lq[[int(frame)]], sampling.upscale)[0].permute(1, 2, 0), expected, meta, f"frame {frame}")
 
     flow_inputs: list[torch.Tensor] = []
 
@@ -70,13 +69,14 @@ def test_pipeline() -> None:
         return tensors[f"flow_for_backward_propagation.{number}"], tensors[f"flow_for_forward_propagation.{number}"]
 
     patches: list[PatchResult] = []
-    noise = Replay([tensors[name] for name in sorted(under(tensors, "noise."), key=int) for name in [f"noise.{name}"]])
+    noise = Replay([x for _, x in sorted(under(tensors, "noise.").items(), key=lambda item: int(item[0]))])
     assert [list(x.shape) for x in noise.noises] == meta["noise_order"]
     restored = restore(backbone, lq, sampling, noise, stored_flow, on_patch=patches.append)
 
     assert noise.drawn == len(noise.noises)
-    expected = {name for name in tensors if name.startswith(("latents.", "init_latent.", "colour_fixed.", "flow_input."))}
-    for name in sorted(expected):
+    assert len(flow_inputs) == len(matching(tensors, r"flow_for_forward_propagation\.(\d+)"))
+    compared = {name for name in tensors if name.startswith(("latents.", "init_latent.", "colour_fixed.", "flow_input."))}
+    for name in sorted(compared):
         kind, number = name.split(".")[:2]
         if kind == "flow_input":
             actual = flow_inputs[int(number)][: tensors[name].shape[0]]
@@ -85,7 +85,7 @@ def test_pipeline() -> None:
         else:
             actual = patches[int(number)].latent if kind == "latents" else patches[int(number)].lq_latent
         assert_close(actual, tensors[name], meta, name)
-    assert sum(name.startswith("latents.") for name in expected) == len(patches)
+    assert sum(name.startswith("latents.") for name in compared) == len(patches)
 
     output = to_uint8(restored, sampling.rounding)
     assert output.shape == tensors["output"].shape

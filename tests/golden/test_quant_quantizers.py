@@ -10,7 +10,7 @@ from qvsr.quant import affine
 
 def names(tensors: dict[str, Tensor], bits: int) -> list[str]:
     """Cases that have a weight quantizer of their own."""
-    return sorted(key.removesuffix(f".w{bits}.scale") for key in tensors if key.endswith(f".w{bits}.scale"))
+    return sorted(name for (name,) in golden.matching(tensors, rf"(.+)\.w{bits}\.scale"))
 
 
 def test_weights_per_output_channel() -> None:
@@ -43,27 +43,17 @@ def test_activations_per_tensor() -> None:
 def test_range_of_other_values() -> None:
     """A static range is taken once; values outside it clamp."""
     meta, tensors = golden.load("quant_quantizers")
-    for bits in meta["bits"]:
-        if f"stale.w{bits}.out" in tensors:
-            scale, zero_point = affine.qparams(tensors[f"stale.w{bits}.x_min"], tensors[f"stale.w{bits}.x_max"], bits)
-            golden.assert_close(
-                affine.fake_quantize(tensors["stale.x"], scale, zero_point, bits), tensors[f"stale.w{bits}.out"], meta, "stale"
-            )
+    for (bits,), expected in golden.matching(tensors, r"stale\.w(\d+)\.out").items():
+        scale, zero_point = affine.qparams(tensors[f"stale.w{bits}.x_min"], tensors[f"stale.w{bits}.x_max"], int(bits))
+        golden.assert_close(affine.fake_quantize(tensors["stale.x"], scale, zero_point, int(bits)), expected, meta, f"stale, {bits} bits")
 
 
 def test_straight_through_gradients() -> None:
     meta, tensors = golden.load("quant_quantizers")
-    upstream, checked = tensors["ste.upstream_grad"], 0
-    for bits in meta["bits"]:
-        for kind, name in (("dynamic_a", "normal"), ("static_w", "stale")):
-            key = f"ste.{kind}{bits}.grad"
-            if key not in tensors:
-                continue
-            given = tensors["normal.x"]
-            ranges = affine.tensor_range(given) if kind == "dynamic_a" else affine.channel_range(given)
-            x = tensors[f"{name}.x"].clone().requires_grad_(True)
-            affine.fake_quantize(x, *affine.qparams(*ranges, bits), bits).backward(upstream)
-            assert x.grad is not None
-            golden.assert_close(x.grad, tensors[key], meta, key)
-            checked += 1
-    assert checked, "the set has no gradients"
+    given = tensors["normal.x"]
+    for (kind, digits), expected in golden.matching(tensors, r"ste\.(dynamic_a|static_w)(\d+)\.grad").items():
+        ranges, name = (affine.tensor_range(given), "normal") if kind == "dynamic_a" else (affine.channel_range(given), "stale")
+        bits, x = int(digits), tensors[f"{name}.x"].clone().requires_grad_(True)
+        affine.fake_quantize(x, *affine.qparams(*ranges, bits), bits).backward(tensors["ste.upstream_grad"])
+        assert x.grad is not None
+        golden.assert_close(x.grad, expected, meta, f"{kind}{bits}")

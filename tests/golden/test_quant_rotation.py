@@ -10,6 +10,7 @@ from qvsr.quant.rotation import can_rotate, hadamard, rotation_from_signs
 
 def test_rotations() -> None:
     meta, tensors = golden.load("quant_rotation")
+    assert {str(case["n"]) for case in meta["sizes"]} == {n for (n,) in golden.matching(tensors, r"n(\d+)\.rot")}
     for case in meta["sizes"]:
         n = case["n"]
         signs, stored = tensors[f"n{n}.signs"], tensors[f"n{n}.rot"]

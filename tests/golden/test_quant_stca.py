@@ -11,6 +11,7 @@ from qvsr.quantvsr import allocate_ranks, complexity, is_measured
 
 def test_complexity() -> None:
     meta, tensors = golden.load("quant_stca")
+    assert {case["case"] for case in meta["cases"]} == {name for (name,) in golden.matching(tensors, r"(.+)\.x")}
     for case in meta["cases"]:
         name = case["case"]
         spatial, temporal = complexity(tensors[f"{name}.x"], "temporal_conv" in case["layer_name"])
@@ -26,6 +27,7 @@ def test_which_layers_are_measured() -> None:
 
 def test_ranks() -> None:
     meta, tensors = golden.load("quant_rank")
+    assert len(meta["cases"]) == len(golden.matching(tensors, r"case(\d+)\.ranks"))
     for number, case in enumerate(meta["cases"]):
         measured = [row for row in range(case["layers"]) if row not in case["layers_without_statistics"]]
         step = QuantVSRSettings().rank_multiple

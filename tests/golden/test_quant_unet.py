@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import golden
@@ -34,7 +35,7 @@ def plain(name: str) -> str:
 def case() -> tuple[dict[str, Any], dict[str, Tensor], Any, Call]:
     meta, tensors = golden.load(SET)
     source = set_name(meta["weights"])
-    inputs = golden.under(golden.load(source)[1], "case0.")
+    inputs = golden.under(golden.load(source)[1], re.findall(r"case\d+", meta["weights"])[0] + ".")
     nets = diffusion(source, inputs["context"])
     struct = nets.structure(inputs["latent"], inputs["timesteps"])
     return meta, tensors, nets, Call(inputs["x"], inputs["timesteps"], inputs["context"], struct, tensors["fp_out"])

@@ -31,7 +31,7 @@ def test_buffers() -> None:
             process: Process = full if group.startswith("full") else full.respace(group.removeprefix("steps"))
             assert_close(getattr(process, buffer), expected, meta, name)
             checked += 1
-    assert checked == sum("." in name and not name.startswith("tile_weights") for name in tensors)
+    assert checked and checked == sum("." in name and not name.startswith("tile_weights") for name in tensors)
 
 
 def test_start() -> None:

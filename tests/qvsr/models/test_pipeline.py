@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from oracle import oracle
 
-from qvsr.config import SamplingSettings
+from qvsr.config import BackboneSettings, SamplingSettings
 from qvsr.models.flow import dis_flow
 from qvsr.models.noise import KeyedNoise
 from qvsr.models.pipeline import (
     PatchResult,
     RestoreError,
     bicubic_upscale,
+    check,
     network_calls,
     network_frames,
     restore,
@@ -191,8 +194,8 @@ def test_what_is_no_clip_is_refused(lq: torch.Tensor, message: str) -> None:
     ("change", "message"),
     [
         ({"frames_per_segment": 4}, "sampling.frames_per_segment is 4, but backbone oracle works on 5 frames"),
-        ({"pad_multiple": 16}, "sampling.pad_multiple is 16, but backbone oracle needs a multiple of 32"),
-        ({"image_tile": 100}, "sampling.image_tile is 100, but backbone oracle needs a multiple of 32"),
+        ({"pad_multiple": 18}, "sampling.pad_multiple is 18, but backbone oracle needs a multiple of 4"),
+        ({"image_tile": 98}, "sampling.image_tile is 98, but backbone oracle needs a multiple of 4"),
         ({"tile": 12}, "sampling.tile is 12, but backbone oracle needs a multiple of 8"),
     ],
 )
@@ -200,3 +203,18 @@ def test_settings_that_cannot_work_are_refused(change: dict[str, int], message: 
     with pytest.raises(RestoreError) as caught:
         restore(oracle(), clip(1, 8, 8), SMALL.model_copy(update=change), KeyedNoise(0, "a"))
     assert str(caught.value) == message
+
+
+def test_a_latent_that_the_networks_cannot_halve_is_refused() -> None:
+    with pytest.raises(RestoreError) as caught:
+        restore(oracle(), clip(1, 8, 12), SMALL.model_copy(update={"pad_multiple": 16}), KeyedNoise(0, "a"), clip="a/b")
+    assert str(caught.value) == (
+        "a/b: 32x48 pixels make a latent 12 wide or high, but backbone oracle needs a multiple of 8; "
+        "sampling.pad_multiple and sampling.image_tile that are multiples of 32 work"
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(180, 320), (135, 240), (128, 128), (64, 32)])
+def test_the_published_model_takes_the_published_sizes(height: int, width: int) -> None:
+    """Padding to 32 leaves latents such as 92x164, which its three halvings do not divide; its tiles of 64 do."""
+    check(SimpleNamespace(settings=BackboneSettings()), torch.zeros(1, 3, height, width), SamplingSettings(), "clip")
