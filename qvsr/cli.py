@@ -59,7 +59,8 @@ def settings(path: Path, overrides: list[str] | None = None) -> Config:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         data = plan.settings.merge(data, nested)
-    return plan.resolve([path], data)
+    # the default is there from any folder, so that `measure` and `cost` are too
+    return plan.resolve([] if path == plan.DEFAULT and not path.exists() else [path], data)
 
 
 def compute(config: Config) -> None:

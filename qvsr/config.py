@@ -1,7 +1,7 @@
 """All settings of qvsr: frozen, typed, unknown keys refused.
 
-This module is the only place with defaults. A YAML file only overrides them, and the JSON schema that the workflow
-validates against is generated from these classes (``python -m qvsr schema``). The defaults are the published model's
+This module is the only place with defaults. A YAML file only overrides them, the workflow validates it with these classes, and
+editors can with the JSON schema that is generated from them (``python -m qvsr schema``). The defaults are the published model's
 (MGLD-VSR, arXiv 2312.00853; QuantVSR, arXiv 2508.04485); ``config/default.yaml`` says what the small model changes.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from qvsr.registry import suggest
 
@@ -287,7 +287,9 @@ class Config(Settings):
         ("psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
     )
     protocol: str = Field("strict-v1", description="how metrics are computed: a file of config/protocols, by name")
-    picture: tuple[str, str] | None = Field(None, description="dataset and clip shown in the comparison picture; default: the first")
+    picture: tuple[str, str] | None = Field(
+        None, description="dataset and clip shown in the comparison picture; the first where that dataset is not evaluated"
+    )
     training: TrainingSettings = TrainingSettings()
     seed: int = Field(42, description="of the noise and of every method's training")
     threads: int = Field(1, ge=1, description="torch threads of one job; fixed, since sums depend on it")
@@ -299,6 +301,16 @@ class Config(Settings):
             if not BITS.match(one) or "32" in one:
                 raise ValueError(f"bits {one!r} is not WxAy with x and y from 2 to 8, such as W4A4")
         return bits
+
+    @field_validator("evaluate", "methods", "bits", "metrics")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not names and info.field_name != "methods":
+            raise ValueError(f"{info.field_name} is empty: nothing would be in the tables; name at least one")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is listed {names.count(name)} times, once is needed")
+        return names
 
     @model_validator(mode="after")
     def _names_known(self) -> Config:
@@ -411,7 +423,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def schema() -> str:
-    """JSON schema of :class:`Config`, as the workflow validates against it."""
+    """JSON schema of :class:`Config`, for editors and other programs."""
     return json.dumps(Config.model_json_schema(), indent=2) + "\n"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qvsr import config as settings
+from qvsr import protocols
 from qvsr.config import Config, ConfigError
 from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import suggest
@@ -41,6 +42,7 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config
     data = settings.merge(data, {key: value for key, value in overrides.items() if key != "extends"})
     config = settings.validate(data, " + ".join(_short(file) for file in paths))
     check_names(config)
+    check_protocol(config)
     return config
 
 
@@ -58,6 +60,14 @@ def check_names(config: Config) -> None:
         for name in asked:
             if name not in known:
                 raise ConfigError(suggest(kind, name, known) + f"; see {kind}s in the configuration")
+
+
+def check_protocol(config: Config) -> None:
+    """Refuse an unknown protocol, a metric that it does not define, and frames saved otherwise than its signatures say."""
+    protocol = protocols.read(config.protocol)
+    protocol.check_saved(config.sampling.rounding)
+    for metric in config.metrics:
+        protocol.signature(metric)
 
 
 def declared(package: str, registry: str) -> list[str]:
@@ -169,11 +179,16 @@ class Plan:
         return [(dataset, clip) for dataset in self.config.evaluate for clip in self.clips(dataset)]
 
     def picture(self) -> tuple[str, str]:
-        """(dataset, clip) shown in the comparison picture."""
-        chosen = self.config.picture or self.pairs()[0]
-        if chosen not in self.pairs():
-            raise ConfigError("picture: " + suggest("clip", "/".join(chosen), ("/".join(pair) for pair in self.pairs())))
-        return chosen
+        """(dataset, clip) shown in the comparison picture: the chosen one, or the first where its dataset is not evaluated here.
+
+        A file that extends another and evaluates a dataset of its own need not choose again.
+        """
+        pairs, chosen = self.pairs(), self.config.picture
+        if chosen in pairs:
+            return chosen
+        if chosen is None or (chosen[0] in self.config.datasets and chosen[0] not in self.config.evaluate):
+            return pairs[0]
+        raise ConfigError("picture: " + suggest("clip", "/".join(chosen), ("/".join(pair) for pair in pairs)))
 
     def picture_frames(self) -> list[str]:
         """Folders of frames that the comparison picture is made of."""

@@ -16,7 +16,7 @@ def progress(what: str, parts: int = 10) -> Iterator[Report]:
 
     Args:
         what: stands before the bar or the line.
-        parts: how many plain lines the whole work gets when stderr is no terminal.
+        parts: how many plain lines the whole work gets when stderr is no terminal; 0: none, where the work writes lines of its own.
     """
     if not sys.stderr.isatty():
         shown = 0

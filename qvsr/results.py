@@ -122,6 +122,7 @@ def measure_clip(
         ValueError: what a metric refuses, with the clip's name in front.
     """
     rows = []
+    clip = ", ".join(filter(None, (f"{context.dataset}/{context.clip}".lstrip("/"), f"{context.method} {context.bits}".strip())))
     for name in metrics:
         metric = METRICS[name]
         options = protocol.options(metric)
@@ -130,16 +131,14 @@ def measure_clip(
         reference = {"gt": gt_TCHW, "fp": fp_TCHW, "none": None}[needs]
         if needs != "none" and reference is None:
             what = "the ground truth" if needs == "gt" else "the full-precision output"
-            raise ResultError(
-                f"{context.dataset}/{context.clip}: {name} needs {what}, which is not given; leave {name} out of metrics or give it"
-            )
+            raise ResultError(f"{clip}: {name} needs {what}, which is not given; leave {name} out of metrics or give it")
         try:
             values = metric(pred_TCHW, **options) if needs == "none" else metric(pred_TCHW, reference, **options)
         except ValueError as error:
-            raise type(error)(f"{context.dataset}/{context.clip}, {context.method} {context.bits}: {error}") from error
+            raise type(error)(f"{clip}: {error}") from error
         per_frame = tuple(float(v) for v in values)
         if any(math.isnan(v) for v in per_frame):
-            raise ResultError(f"{context.dataset}/{context.clip}, {context.method} {context.bits}: {name} is NaN; such a clip has no value")
+            raise ResultError(f"{clip}: {name} is NaN; such a clip has no value")
         rows.append(
             Row(
                 **context.model_dump(),

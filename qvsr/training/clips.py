@@ -60,12 +60,21 @@ class TrainingClips:
         return gt, up
 
 
-def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None:
-    """Write ``clips.gt.npy`` and ``clips.lq.npy``, unless they are there for these settings and photographs."""
+def _files(photographs: Path) -> list[Path]:
     files = sorted(file for file in photographs.rglob("*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 2 * HELD_OUT_SHARE:
         raise ValueError(f"{photographs} holds {len(files)} photographs; at least {2 * HELD_OUT_SHARE} are needed to train on")
-    key = {
+    return files
+
+
+def identity(photographs: Path, settings: TrainingSettings) -> dict[str, int | str]:
+    """What the clips are made from; others have another value.
+
+    Raises:
+        ValueError: too few photographs.
+    """
+    files = _files(photographs)
+    return {
         "photographs": hashlib.sha256("".join(f"{file.name}:{file.stat().st_size};" for file in files).encode()).hexdigest(),
         "clips": settings.clips,
         "held_out": settings.held_out,
@@ -73,6 +82,11 @@ def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None
         "seed": settings.seed,
         "degradation": recipe_digest(settings.degradation),
     }
+
+
+def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None:
+    """Write ``clips.gt.npy`` and ``clips.lq.npy``, unless they are there for these settings and photographs."""
+    key, files = identity(photographs, settings), _files(photographs)
     stamp = folder / "clips.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == key:
         return

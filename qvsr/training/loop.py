@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qvsr.config import TrainingStage
+from qvsr.progress import progress
 from qvsr.provenance import atomic_path
 
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -65,33 +66,35 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
     _cut(curve, step)
     generator = torch.Generator(device=device)
     started, first = time.monotonic(), step
-    while step < stage.steps:
-        rate = learning_rate(step, stage)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()[:7], "little"))
-        value, facts = loss(generator)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        average.update(module, step)
-        step += 1
-        if step % stage.log_every == 0 or step == stage.steps:
-            row = {"loss": value.item()} | {key: fact.item() for key, fact in facts.items()}
-            if not math.isfinite(row["loss"]):
-                raise ValueError(f"{name}: the loss is {row['loss']} at step {step}; lower training.{name}.learning_rate")
-            _log(curve, {"step": step, "learning_rate": rate, **row})
-            seconds = (time.monotonic() - started) / (step - first)
-            print(
-                f"{name} {step}/{stage.steps} " + " ".join(f"{key} {fact:.4g}" for key, fact in row.items()) + f" {seconds:.3f} s/step",
-                flush=True,
-            )
-        late = deadline is not None and time.monotonic() > deadline
-        if late or step % stage.save_every == 0 or step == stage.steps:
-            _save(state_file, step, trained, optimizer, average)
-        if late and step < stage.steps:
-            raise OutOfTime(f"{name}: stopped at step {step} of {stage.steps}; the same command goes on")
+    with progress(name, parts=0) as report:  # a bar on a terminal; elsewhere the lines below are enough
+        while step < stage.steps:
+            rate = learning_rate(step, stage)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()[:7], "little"))
+            value, facts = loss(generator)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            average.update(module, step)
+            step += 1
+            report(step, stage.steps)
+            if step % stage.log_every == 0 or step == stage.steps:
+                row = {"loss": value.item()} | {key: fact.item() for key, fact in facts.items()}
+                if not math.isfinite(row["loss"]):
+                    raise ValueError(f"{name}: the loss is {row['loss']} at step {step}; lower training.{name}.learning_rate")
+                _log(curve, {"step": step, "learning_rate": rate, **row})
+                seconds = (time.monotonic() - started) / (step - first)
+                print(
+                    f"{name} {step}/{stage.steps} " + " ".join(f"{key} {fact:.4g}" for key, fact in row.items()) + f" {seconds:.3f} s/step",
+                    flush=True,
+                )
+            late = deadline is not None and time.monotonic() > deadline
+            if late or step % stage.save_every == 0 or step == stage.steps:
+                _save(state_file, step, trained, optimizer, average)
+            if late and step < stage.steps:
+                raise OutOfTime(f"{name}: stopped at step {step} of {stage.steps}; the same command goes on")
     with torch.no_grad():
         for key, parameter in trained.items():
             parameter.copy_(average.values[key])
@@ -102,8 +105,8 @@ def learning_rate(step: int, stage: TrainingStage) -> float:
     warm = max(1, stage.steps // 50)
     if step < warm:
         return stage.learning_rate * (step + 1) / warm
-    progress = (step - warm) / max(1, stage.steps - warm)
-    return stage.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    done = (step - warm) / max(1, stage.steps - warm)
+    return stage.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _save(file: Path, step: int, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: Average) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qvsr.config import BackboneSettings, TrainingSettings
 from qvsr.models.checkpoints import Backbone, save_backbone
 from qvsr.provenance import atomic_path
-from qvsr.training.clips import TrainingClips
+from qvsr.training.clips import TrainingClips, identity
 from qvsr.training.loop import OutOfTime
 from qvsr.training.stages import Networks, Stages, psnr
 
@@ -41,6 +41,7 @@ def train(backbone: BackboneSettings, settings: TrainingSettings, photographs: P
     for module in nets.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
+    claim(folder, backbone, settings, identity(photographs, settings))
     clips = TrainingClips(photographs, folder, settings, device)
     stages = Stages(backbone, settings, nets, clips, folder, deadline)
     for name in STAGES:
@@ -62,6 +63,29 @@ def train(backbone: BackboneSettings, settings: TrainingSettings, photographs: P
         raise ValueError("backbone.weights and backbone.vae_weights must name the files to write")
     save_backbone(finished, backbone.weights, backbone.vae_weights)
     return True
+
+
+def claim(folder: Path, backbone: BackboneSettings, settings: TrainingSettings, clips: dict[str, int | str]) -> None:
+    """Bind a folder of states to what it was begun with: a finished stage is not trained again, so other settings would do nothing.
+
+    Args:
+        clips: what the clips are made from.
+    Raises:
+        ValueError: the folder holds the states of another training.
+    """
+    begun = {
+        "backbone": backbone.model_dump(mode="json", exclude={"name", "weights", "vae_weights", "flow_weights"}),
+        "training": settings.model_dump(mode="json", exclude={"photographs", "device"}),
+        "clips": clips,
+    }
+    stamp = folder / "settings.json"
+    if stamp.is_file():
+        before = json.loads(stamp.read_text())
+        other = [f"{part}.{key}" for part in begun for key in begun[part] if before[part].get(key) != begun[part][key]]
+        if other:
+            raise ValueError(f"{folder} holds a training with another {other[0]}; remove the folder, or give another output or --state")
+    with atomic_path(stamp) as temporary:
+        temporary.write_text(json.dumps(begun, indent=2) + "\n")
 
 
 @torch.no_grad()

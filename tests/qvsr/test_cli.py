@@ -81,6 +81,14 @@ def test_cost_needs_no_weights(tmp_path):
     assert rows[0].startswith("full_precision,W32A32,")
 
 
+def test_the_default_settings_are_there_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.settings(cli.plan.DEFAULT).backbone.name == "mgld-mini"
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "default.yaml").write_text(f"extends: {ROOT / 'config' / 'default.yaml'}\nseed: 5\n")
+    assert cli.settings(cli.plan.DEFAULT).seed == 5, "a file of that name in the folder is the one that is meant"
+
+
 def test_the_same_numbers_of_threads_everywhere():
     code = (
         "from qvsr import cli\n"

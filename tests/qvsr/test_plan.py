@@ -5,6 +5,7 @@ import pytest
 
 from qvsr import plan
 from qvsr.config import ConfigError
+from qvsr.protocols import ProtocolError
 from qvsr.registry import BASELINES, METRICS
 
 TEXT = """
@@ -69,6 +70,36 @@ def test_checkpoints_and_weights(run):
 def test_the_picture_is_the_first_clip_or_the_chosen_one(run, file):
     assert run.picture() == ("clips", "bikes")
     assert plan.Plan(plan.resolve([file], {"picture": ["clips", "carphone"]})).picture() == ("clips", "carphone")
+
+
+def test_a_dataset_of_ones_own_is_four_lines(tmp_path):
+    """The picture that the extended file chooses is of a dataset that is not evaluated here: it moves to the first clip."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "Trip 1.MP4").touch()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        f"extends: {plan.ROOT / plan.DEFAULT}\ndatasets:\n  mine: {{kind: folder, path: {tmp_path / 'videos'}, frames: 30}}\nevaluate: [mine]\n"
+    )
+    run = plan.Plan(plan.resolve([mine], {}))
+    assert run.config.picture is not None and run.config.picture[0] not in run.config.evaluate
+    assert run.picture() == ("mine", "Trip-1")
+
+
+def test_a_picture_of_a_dataset_that_is_not_there_is_refused(file):
+    with pytest.raises(ConfigError, match="picture: no clip 'clip/bikes'; did you mean clips/bikes"):
+        plan.Plan(plan.resolve([file], {"picture": ["clip", "bikes"]})).picture()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"protocol": "strict-v9"}, "no protocol 'strict-v9'; did you mean strict-v1?"),
+        ({"sampling": {"rounding": "truncate"}}, "sampling.rounding is truncate, protocol strict-v1 measures frames saved with round"),
+    ],
+)
+def test_a_protocol_that_does_not_fit_is_refused_before_anything_is_computed(file, overrides, message):
+    with pytest.raises(ProtocolError, match=re.escape(message)):
+        plan.resolve([file], overrides)
 
 
 def test_a_picture_of_a_clip_that_is_not_there_is_refused(file):

@@ -45,9 +45,9 @@ def test_a_clip_is_measured_by_every_metric_of_the_protocol() -> None:
 
 
 def test_frames_that_a_metric_needs_and_does_not_get() -> None:
-    with pytest.raises(ResultError, match="real/bikes: psnr_fp needs the full-precision output, which is not given"):
+    with pytest.raises(ResultError, match="real/bikes, maxmin W4A4: psnr_fp needs the full-precision output, which is not given"):
         results.measure_clip(clip(0), clip(1), None, ["psnr_fp"], CONTEXT, STRICT)
-    with pytest.raises(ResultError, match="real/bikes: psnr needs the ground truth"):
+    with pytest.raises(ResultError, match="real/bikes, maxmin W4A4: psnr needs the ground truth"):
         results.measure_clip(clip(0), None, None, ["psnr"], CONTEXT, STRICT)
     assert results.measure_clip(clip(0), None, None, ["ewarp_dis"], CONTEXT, STRICT)[0].frames == 3
 
@@ -55,6 +55,9 @@ def test_frames_that_a_metric_needs_and_does_not_get() -> None:
 def test_errors_of_a_metric_name_the_clip_and_an_unknown_metric_is_corrected() -> None:
     with pytest.raises(ValueError, match=r"real/bikes, maxmin W4A4: psnr: prediction is \(3, 3, 64, 72\), target \(2, 3, 64, 72\)"):
         results.measure_clip(clip(0), clip(0, 2), None, ["psnr"], CONTEXT, STRICT)
+    nameless = CONTEXT.model_copy(update={"dataset": "", "method": "", "bits": ""})  # `measure` on two folders
+    with pytest.raises(ValueError, match=r"^bikes: psnr: prediction is"):
+        results.measure_clip(clip(0), clip(0, 2), None, ["psnr"], nameless, STRICT)
     with pytest.raises(ValueError, match="no metric 'psrn'; did you mean psnr"):
         results.measure_clip(clip(0), clip(0), None, ["psrn"], CONTEXT, STRICT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qvsr import config
 from qvsr.config import (
     AutoencoderSettings,
     BackboneSettings,
@@ -21,6 +23,8 @@ from qvsr.config import (
     UNetSettings,
 )
 from qvsr.models.checkpoints import load_backbone
+from qvsr.provenance import ROOT
+from qvsr.stages import train as stage
 from qvsr.training import train as training
 from qvsr.training.clips import TrainingClips, prepare
 
@@ -87,6 +91,37 @@ def test_interrupted_training_ends_in_the_same_weights(photographs: Path, tmp_pa
     assert report == json.loads((tmp_path / "parts" / "evaluation.json").read_text())
     assert len(report["levels"]) == 20
     assert report["bicubic_psnr"] > 10
+
+
+def test_states_of_another_training_are_refused(photographs: Path, tmp_path: Path) -> None:
+    """A finished stage is not trained again: with other settings its weights would pass for theirs."""
+    begun = SETTINGS.model_copy(update={"clips": 2})
+    assert not training.train(backbone(tmp_path), begun, photographs, tmp_path / "state", seconds=0)
+    longer = begun.model_copy(update={"autoencoder": STAGE.model_copy(update={"steps": 3})})
+    with pytest.raises(ValueError, match=r"state holds a training with another training.autoencoder; remove the folder, or give another"):
+        training.train(backbone(tmp_path), longer, photographs, tmp_path / "state", seconds=0)
+    more = Path(shutil.copytree(photographs, tmp_path / "more"))
+    cv2.imwrite(str(more / "another.png"), np.zeros((120, 180, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"another clips.photographs"):
+        training.train(backbone(tmp_path), begun, more, tmp_path / "state", seconds=0)
+    assert not training.train(backbone(tmp_path / "elsewhere"), begun, photographs, tmp_path / "state", seconds=0), "it goes on"
+
+
+def test_photographs_of_ones_own_are_collected_again(photographs: Path, tmp_path: Path) -> None:
+    """Somebody who is told that there are too few adds some, and calls again."""
+    own = tmp_path / "own"
+    own.mkdir()
+    settings = config.load(ROOT / "config" / "default.yaml", {"training": {"photographs": str(own), "clips": 2, "held_out": 2, "size": 64}})
+    picture = cv2.resize(cv2.imread(str(photographs / "00.png")), (390, 260))
+    collected = tmp_path / "state" / "photographs"
+    for count in (1, 2):
+        cv2.imwrite(str(own / f"{count}.png"), picture)
+        with pytest.raises(ValueError, match=f"photographs holds {count} photographs; at least 32 are needed"):
+            stage.run(settings, tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "state", None)
+        assert len(list(collected.glob("*.jpg"))) == count
+    (own / "1.png").unlink()
+    with pytest.raises(ValueError, match="holds 1 photographs"):
+        stage.run(settings, tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "state", None)
 
 
 def test_clips_are_made_once_and_held_out_photographs_stay_out(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
