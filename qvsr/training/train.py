@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from qvsr.config import BackboneSettings, TrainingSettings
 from qvsr.models.checkpoints import Backbone, save_backbone
-from qvsr.provenance import atomic_path
+from qvsr.provenance import atomic_path, code_digest
 from qvsr.training.clips import TrainingClips, identity
 from qvsr.training.loop import OutOfTime
 from qvsr.training.stages import Networks, Stages, psnr
 
+CODE = ("qvsr/training/*.py", "qvsr/models/**/*.py", "qvsr/data/degrade.py", "qvsr/data/motion.py")
 STAGES = ("autoencoder", "diffusion", "decoder")
 
 
@@ -66,7 +67,7 @@ def train(backbone: BackboneSettings, settings: TrainingSettings, photographs: P
 
 
 def claim(folder: Path, backbone: BackboneSettings, settings: TrainingSettings, clips: dict[str, int | str]) -> None:
-    """Bind a folder of states to what it was begun with: a finished stage is not trained again, so other settings would do nothing.
+    """Bind a folder of states to what it was begun with: a finished stage is not trained again, so other settings or code would do nothing.
 
     Args:
         clips: what the clips are made from.
@@ -77,6 +78,7 @@ def claim(folder: Path, backbone: BackboneSettings, settings: TrainingSettings, 
         "backbone": backbone.model_dump(mode="json", exclude={"name", "weights", "vae_weights", "flow_weights"}),
         "training": settings.model_dump(mode="json", exclude={"photographs", "device"}),
         "clips": clips,
+        "code": {"digest": code_digest(*CODE)},
     }
     stamp = folder / "settings.json"
     if stamp.is_file():

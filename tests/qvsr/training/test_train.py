@@ -93,7 +93,7 @@ def test_interrupted_training_ends_in_the_same_weights(photographs: Path, tmp_pa
     assert report["bicubic_psnr"] > 10
 
 
-def test_states_of_another_training_are_refused(photographs: Path, tmp_path: Path) -> None:
+def test_states_of_another_training_are_refused(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished stage is not trained again: with other settings its weights would pass for theirs."""
     begun = SETTINGS.model_copy(update={"clips": 2})
     assert not training.train(backbone(tmp_path), begun, photographs, tmp_path / "state", seconds=0)
@@ -104,6 +104,9 @@ def test_states_of_another_training_are_refused(photographs: Path, tmp_path: Pat
     cv2.imwrite(str(more / "another.png"), np.zeros((120, 180, 3), np.uint8))
     with pytest.raises(ValueError, match=r"another clips.photographs"):
         training.train(backbone(tmp_path), begun, more, tmp_path / "state", seconds=0)
+    with monkeypatch.context() as edited, pytest.raises(ValueError, match=r"another code.digest"):
+        edited.setattr(training, "code_digest", lambda *_: "edited")
+        training.train(backbone(tmp_path), begun, photographs, tmp_path / "state", seconds=0)
     assert not training.train(backbone(tmp_path / "elsewhere"), begun, photographs, tmp_path / "state", seconds=0), "it goes on"
 
 
