@@ -152,7 +152,9 @@ class Plan:
 
     def weights(self) -> list[str]:
         """Weight files of the backbone that the stages read."""
-        return [str(path) for path in (self.config.backbone.weights, self.config.backbone.vae_weights) if path is not None]
+        backbone = self.config.backbone
+        flow = backbone.flow_weights if self.config.sampling.flow == "raft" else None
+        return [str(path) for path in (backbone.weights, backbone.vae_weights, flow) if path is not None]
 
     def quantized(self) -> list[tuple[str, str]]:
         """(method, bits) of every quantized checkpoint."""

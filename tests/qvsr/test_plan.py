@@ -67,6 +67,14 @@ def test_checkpoints_and_weights(run):
     assert run.weights() == ["a.safetensors", "b.safetensors"]
 
 
+def test_weights_of_the_flow_are_read_by_raft_only(file):
+    def weights(flow):
+        return plan.Plan(plan.resolve([file], {"sampling": {"flow": flow}, "backbone": {"flow_weights": "raft.pth"}})).weights()
+
+    assert weights("raft") == ["a.safetensors", "b.safetensors", "raft.pth"]
+    assert weights("dis") == ["a.safetensors", "b.safetensors"]
+
+
 def test_the_picture_is_the_first_clip_or_the_chosen_one(run, file):
     assert run.picture() == ("clips", "bikes")
     assert plan.Plan(plan.resolve([file], {"picture": ["clips", "carphone"]})).picture() == ("clips", "carphone")
