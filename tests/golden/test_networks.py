@@ -51,6 +51,7 @@ def test_unet(name: str) -> None:
 def test_structure_encoder() -> None:
     meta, tensors = load("struct_wide")
     structure = build(StructureEncoder(settings_from(StructureSettings, meta["struct_config"])), under(tensors, "struct."))
+    assert len(meta["cases"]) == len(matching(tensors, r"case(\d+)\.latent"))
     for i, facts in enumerate(meta["cases"]):
         case = under(tensors, f"case{i}.")
         with torch.no_grad():
