@@ -80,6 +80,7 @@ def compute(config: Config) -> None:
 def config_check(path: Annotated[Path, typer.Argument(help="settings, YAML")] = plan.DEFAULT, set_: SetOption = None) -> None:
     """Say whether settings can work, and what would run."""
     config = settings(path, set_)
+    plan.check_protocol(config)
     run = plan.Plan(config)
     clips = run.pairs()
     typer.echo(f"{path}: fine; {len(run.rows())} rows, {len(clips)} clips, {len(config.metrics)} metrics, output in {config.output}")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from qvsr import config as settings
-from qvsr import protocols
 from qvsr.config import Config, ConfigError
 from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import suggest
@@ -42,7 +41,6 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config
     data = settings.merge(data, {key: value for key, value in overrides.items() if key != "extends"})
     config = settings.validate(data, " + ".join(_short(file) for file in paths))
     check_names(config)
-    check_protocol(config)
     return config
 
 
@@ -64,6 +62,8 @@ def check_names(config: Config) -> None:
 
 def check_protocol(config: Config) -> None:
     """Refuse an unknown protocol, a metric that it does not define, and frames saved otherwise than its signatures say."""
+    from qvsr import protocols  # no stage but measure depends on it
+
     protocol = protocols.read(config.protocol)
     protocol.check_saved(config.sampling.rounding)
     for metric in config.metrics:
@@ -118,6 +118,7 @@ class Plan:
         """As :func:`resolve`; what cannot work ends the program with one line, without Snakemake's traceback."""
         try:
             plan = cls(resolve(files, overrides))
+            check_protocol(plan.config)
             plan.picture()  # finds every clip
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None

@@ -5,7 +5,6 @@ import pytest
 
 from qvsr import plan
 from qvsr.config import ConfigError
-from qvsr.protocols import ProtocolError
 from qvsr.registry import BASELINES, METRICS
 
 TEXT = """
@@ -106,8 +105,8 @@ def test_a_picture_of_a_dataset_that_is_not_there_is_refused(file):
     ],
 )
 def test_a_protocol_that_does_not_fit_is_refused_before_anything_is_computed(file, overrides, message):
-    with pytest.raises(ProtocolError, match=re.escape(message)):
-        plan.resolve([file], overrides)
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
+        plan.Plan.from_snakemake(overrides, [file])
 
 
 def test_a_picture_of_a_clip_that_is_not_there_is_refused(file):
