@@ -177,6 +177,12 @@ class Plan:
 
         return clip_names(self.config, dataset)
 
+    def sources(self, dataset: str, clip: str) -> list[str]:
+        """Files of the user's own that a clip is made from."""
+        from qvsr.data.datasets import source_files
+
+        return [str(file) for file in source_files(self.config, dataset, clip)]
+
     def pairs(self) -> list[tuple[str, str]]:
         """(dataset, clip) of every clip that is measured."""
         return [(dataset, clip) for dataset in self.config.evaluate for clip in self.clips(dataset)]

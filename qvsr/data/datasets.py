@@ -156,6 +156,20 @@ def _paired(folder: Path, dataset: str) -> dict[str, str]:
     return {name: name for name in sorted(inside["GT"])}
 
 
+def source_files(config: Config, dataset: str, clip: str) -> list[Path]:
+    """Files of the user's own that a clip is made from: a change of one makes the clip stale.
+
+    None for videos and photographs of installed packages, whose version the lock fixes. A missing file is left out: the one that
+    builds the clip says what is wrong.
+    """
+    settings = _settings(config, dataset)
+    if settings.path is None:
+        return []
+    source = _clips(settings, dataset)[clip].source
+    places = [settings.path / part / source for part in ("GT", "LQ")] if settings.kind == "paired" else [settings.path / source]
+    return [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+
+
 def locate(wheel: Wheel, file: str, dataset: str) -> Path:
     """Path of a file inside an installed package, without running any of the package's code.
 

@@ -1,6 +1,7 @@
 """An edit of a file that a stage uses, or of a setting that it reads, makes exactly that stage and what follows stale."""
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -64,6 +65,19 @@ def test_an_edit_makes_its_stage_and_what_follows_stale(finished, file, stale):
 )
 def test_a_setting_makes_stale_what_reads_it(finished, override, stale):
     assert tiny.due(finished, "--config", override) == stale
+
+
+def test_a_changed_source_makes_its_clip_stale(finished):
+    frame = finished / "videos" / "clips" / "walk" / "00000001.png"
+    before, times = frame.read_bytes(), (frame.stat().st_atime_ns, frame.stat().st_mtime_ns)
+    tiny.write_frames(frame.parent.with_name("other"), seed=8)
+    try:
+        frame.write_bytes((frame.parent.with_name("other") / frame.name).read_bytes())
+        shutil.rmtree(frame.parent.with_name("other"))
+        assert tiny.due(finished) == {"clips", *AFTER_RESTORE, "restore"}
+    finally:
+        frame.write_bytes(before)
+        os.utime(frame, ns=times)
 
 
 def test_new_bits_leave_the_old_ones_alone(finished):

