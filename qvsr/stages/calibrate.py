@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from qvsr.config import Config
@@ -36,7 +38,25 @@ def run(config: Config, lq: Sequence[Path], out: Path) -> None:
     for old in recording.parent.glob(f".recording-*-{out.name}") if recording.parent.is_dir() else []:
         if old != recording:
             shutil.rmtree(old)
-    with progress("calibrate") as report:
-        record(backbone, clips, config.sampling, config.calibration, recording, config.seed, flow, report)
-    with atomic_path(out) as partial:
+    with alone(recording), atomic_path(out) as partial:
+        with progress("calibrate") as report:
+            record(backbone, clips, config.sampling, config.calibration, recording, config.seed, flow, report)
         os.rename(recording, partial)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if it is missing, against other processes; wait for the one that has it.
+
+    Where only Snakemake was killed its jobs go on, and the run that replaces it starts the same job beside one of them.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if folder.is_dir() and os.path.samestat(os.fstat(held), folder.stat()):  # else the other one has finished and moved it
+                yield
+                return
+        finally:
+            os.close(held)

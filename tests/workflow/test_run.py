@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,6 +104,32 @@ def kill_and_resume(project: Path, config: str, results: str) -> str:
     done = tiny.snakemake(project, config=config)
     assert done.returncode == 0, f"{note}\n{done.stdout}{done.stderr}"
     return note
+
+
+def test_two_recordings_of_one_calibration_at_once(finished, tmp_path):
+    """A job that outlived its workflow beside the one that replaces it: both end, in the same files."""
+    out = tmp_path / "out" / "calibration"
+    command = [
+        sys.executable,
+        "-m",
+        "qvsr",
+        "calibrate",
+        "--config",
+        "results/config.json",
+        "--out",
+        str(out),
+        "results/clips/calibration/LQ/run",
+    ]
+    both = [
+        subprocess.Popen(command, cwd=finished, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    for one in both:
+        text, _ = one.communicate()
+        assert one.returncode == 0, text
+    recorded = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert recorded == {file.name: file.read_bytes() for file in (finished / "results" / "calibration").iterdir() if file.name[0] != "."}
+    assert [file.name for file in out.parent.iterdir()] == ["calibration"]
 
 
 def compare(expected: dict[str, bytes], found: dict[str, bytes], note: str = "") -> None:

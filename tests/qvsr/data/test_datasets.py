@@ -286,7 +286,14 @@ def test_calibration_never_sees_an_evaluation_clip():
 
 
 def test_upscale_other_than_four_is_refused(tmp_path):
-    settings = validate({"datasets": {"calibration": {"kind": "photographs"}}, "evaluate": [], "sampling": {"upscale": 2}}, "test")
+    settings = validate(
+        {
+            "datasets": {"calibration": {"kind": "photographs"}, "mine": {"kind": "photographs"}},
+            "evaluate": ["mine"],
+            "sampling": {"upscale": 2},
+        },
+        "test",
+    )
     with pytest.raises(DatasetError, match="sampling.upscale is 2, clips are degraded by 4"):
         build(settings, "coffee", tmp_path / "out", "calibration")
 
