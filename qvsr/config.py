@@ -259,16 +259,16 @@ class TrainingSettings(Settings):
     photographs: Path | None = Field(
         None, description="folder of photographs of one's own; default: collected from Debian's background packages"
     )
-    clips: int = Field(4500, ge=1, description="clips of simulated motion made from the photographs")
+    clips: int = Field(8000, ge=1, description="clips of simulated motion made from the photographs")
     held_out: int = Field(48, ge=1, description="clips from photographs that are not trained on, for validation")
     size: int = Field(128, description="side of a training clip in pixels")
     degradation: DegradationSettings = DegradationSettings()
-    sampled: int = Field(1200, ge=1, description="clips whose latents the sampler makes for the decoder's stage")
+    sampled: int = Field(4000, ge=1, description="clips whose latents the sampler makes for the decoder's stage")
     seed: int = Field(7, description="of clips, initial values and steps")
     device: Literal["cpu", "cuda", "auto"] = Field("auto", description="auto: a GPU when there is one")
-    autoencoder: TrainingStage = TrainingStage(steps=1800, batch=16)
-    diffusion: TrainingStage = TrainingStage(steps=812, batch=112, learning_rate=1.5e-3)
-    decoder: TrainingStage = TrainingStage(steps=158, batch=16, learning_rate=4e-4)
+    autoencoder: TrainingStage = TrainingStage(steps=1200, batch=16)
+    diffusion: TrainingStage = TrainingStage(steps=20000, batch=32)
+    decoder: TrainingStage = TrainingStage(steps=3000, batch=8, learning_rate=5e-4)
 
 
 class Config(Settings):

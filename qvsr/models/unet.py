@@ -120,7 +120,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         rows = x.shape[0]
         if context.shape[0] != rows:  # one context for all, or one a clip: row b serves the frames of clip b
-            context = context.repeat_interleave(rows // context.shape[0], dim=0)
+            context = context[:, None].expand(-1, rows // context.shape[0], -1, -1).flatten(0, 1)
         u = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
         for block in self.transformer_blocks:
             u = block(u, context)

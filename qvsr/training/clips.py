@@ -54,10 +54,10 @@ class TrainingClips:
     def batch(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """:meth:`frames` of `count` random training clips, whole clips flipped, turned and reversed at random."""
         gt, up = self.frames(torch.randint(self.settings.clips, (count,), generator=rng, device=rng.device))
-        for chance, dims in ((0.5, (-1,)), (0.5, (-2,)), (0.5, (1,))):
-            if torch.rand((), generator=rng, device=rng.device) < chance:
-                gt, up = gt.flip(dims), up.flip(dims)
-        return gt, up
+        dims = [
+            dim for dim, chance in zip((1, -2, -1), torch.rand(3, generator=rng, device=rng.device).tolist(), strict=True) if chance < 0.5
+        ]
+        return gt.flip(dims), up.flip(dims)
 
 
 def _files(photographs: Path) -> list[Path]:
@@ -98,15 +98,17 @@ def prepare(photographs: Path, folder: Path, settings: TrainingSettings) -> None
     jobs = [(row, settings) for row in range(settings.clips + settings.held_out)]
     size = settings.size
     with atomic_path(folder / "clips.gt.npy") as gt_file, atomic_path(folder / "clips.lq.npy") as lq_file:
-        gt = np.lib.format.open_memmap(gt_file, "w+", np.uint8, (len(jobs), FRAMES, size, size, 3))
-        lq = np.lib.format.open_memmap(lq_file, "w+", np.uint8, (len(jobs), FRAMES, size // UPSCALE, size // UPSCALE, 3))
+        # In memory first: pages of a mapped file, touched in the order in which clips come, are slow to write on some disks.
+        gt = np.empty((len(jobs), FRAMES, size, size, 3), np.uint8)
+        lq = np.empty((len(jobs), FRAMES, size // UPSCALE, size // UPSCALE, 3), np.uint8)
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
             for done, (row, gt_clip, lq_clip) in enumerate(pool.imap_unordered(_make, jobs, chunksize=32), start=1):
                 gt[row], lq[row] = gt_clip, lq_clip
-                if done % 2000 == 0 or done == len(jobs):
+                if done % 1000 == 0 or done == len(jobs):
                     print(f"clips {done}/{len(jobs)}", flush=True)
-        gt.flush()
-        lq.flush()
+        for file, array in ((gt_file, gt), (lq_file, lq)):
+            with file.open("wb") as opened:
+                np.save(opened, array)
     with atomic_path(stamp) as temporary:
         temporary.write_text(json.dumps(key, indent=2) + "\n")
 

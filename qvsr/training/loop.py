@@ -18,7 +18,11 @@ from qvsr.config import TrainingStage
 from qvsr.progress import progress
 from qvsr.provenance import atomic_path
 
-Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
+"""What one step learns from: tensors of the same shapes at every step, drawn from a generator."""
+
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""From what was drawn to a scalar, and what is logged beside it."""
 
 
 class OutOfTime(Exception):
@@ -40,7 +44,27 @@ class Average:
         torch._foreach_lerp_([self.values[name] for name in names], current, 1 - decay)
 
 
-def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: Path, seed: int, deadline: float | None = None) -> None:
+class Objective(nn.Module):
+    """A loss as a module of all that it trains, which is what CUDA can record and replay."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(*batch)
+
+
+def fit(
+    module: nn.Module,
+    draw: Draw,
+    loss: Loss,
+    stage: TrainingStage,
+    name: str,
+    folder: Path,
+    seed: int,
+    deadline: float | None = None,
+) -> None:
     """Train the parameters of `module` that require gradients, and leave their moving average in it.
 
     Step k draws everything from a generator seeded by (seed, name, k), so a run that was interrupted goes on as if it had not
@@ -48,7 +72,8 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
 
     Args:
         module: holds the parameters; modified in place.
-        loss: maps a generator to a scalar and to what is logged beside it.
+        draw: makes what one step learns from.
+        loss: maps that to a scalar and to what is logged beside it.
         folder: holds ``{name}.state.safetensors`` while training and after it.
         deadline: monotonic time at which to save and raise.
     Raises:
@@ -57,7 +82,8 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
     """
     device = next(module.parameters()).device
     trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
+    objective: nn.Module = Objective(module, loss)
     average = Average(module, stage.ema)
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / f"{name}.state.safetensors"
@@ -69,10 +95,14 @@ def fit(module: nn.Module, loss: Loss, stage: TrainingStage, name: str, folder: 
     with progress(name, parts=0) as report:  # a bar on a terminal; elsewhere the lines below are enough
         while step < stage.steps:
             rate = learning_rate(step, stage)
+            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()[:7], "little"))
+            batch = draw(generator)
+            if step == first and device.type == "cuda":
+                # Thousands of small kernels a step take longer to launch than to run: a GPU records them once and replays them.
+                objective = torch.cuda.make_graphed_callables(objective, batch, allow_unused_input=True)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()[:7], "little"))
-            value, facts = loss(generator)
+            value, facts = objective(*batch)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -134,7 +164,7 @@ def _restore(file: Path, trained: dict[str, nn.Parameter], optimizer: torch.opti
         parameter.copy_(tensors[f"p.{key}"])
         average.values[key].copy_(tensors[f"a.{key}"])
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=parameter.device),  # the fused optimizer counts on the GPU
             "exp_avg": tensors[f"m.{key}"].to(parameter),
             "exp_avg_sq": tensors[f"v.{key}"].to(parameter),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvsr.config import BackboneSettings, TrainingSettings
-from qvsr.models.autoencoder import Posterior, VideoAutoencoder
+from qvsr.models.autoencoder import VideoAutoencoder
 from qvsr.models.layers import zero_
 from qvsr.models.schedule import Schedule
 from qvsr.models.structure import StructureEncoder
 from qvsr.models.unet import InflatedUNet
 from qvsr.training.clips import TrainingClips
-from qvsr.training.loop import fit
+from qvsr.training.loop import Draw, Loss, fit
 
 CHUNK = 64  # clips encoded or sampled at a time
 SAMPLER_STEPS = 10
-TRUE_LATENTS = 0.4  # share of the decoder's clips that are shown the true latent
+FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))  # under which clips are encoded for the second stage
+TRUE_LATENTS = 0.3  # share of the decoder's clips that are shown the true latent
+HALF_SAMPLED = 0.35  # share that are shown what the sampler makes of the true latent with half of its noise
 
 
 class Networks(nn.Module):
@@ -62,7 +64,8 @@ class Stages:
 
     def half(self) -> torch.autocast:
         """bfloat16 on a GPU, where it halves the memory traffic and needs no loss scaling; on a CPU it was 4 times slower than float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        # Without a cache of weights: a recorded step would read what the cache held when it was recorded.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     def generator(self, offset: int) -> torch.Generator:
         return torch.Generator(device=self.device).manual_seed(self.settings.seed + offset)
@@ -76,53 +79,56 @@ class Stages:
             pca_start(vae, self.clips.frames(range(min(64, len(self.clips))))[0].flatten(0, 1))
         self.nets.train_only("vae.", but="fusion_layer")
 
-        def reconstruct(x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-            posterior, _ = vae.encode(x)
-            return vae.decode(posterior.sample(noise)), posterior
-
-        def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        def draw(rng: torch.Generator) -> tuple[Tensor, ...]:
             gt, up = self.clips.batch(stage.batch, rng)
             x = torch.cat([gt, up[: -(-stage.batch // 3)]]).flatten(0, 1)
             latent = (x.shape[0], self.backbone.vae.embed_dim, *(side // self.backbone.vae.factor for side in x.shape[2:]))
-            noise = torch.randn(latent, generator=rng, device=self.device)
+            return x.contiguous(memory_format=torch.channels_last), torch.randn(latent, generator=rng, device=self.device)
+
+        def loss(x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with self.half():
-                out, posterior = reconstruct(x.contiguous(memory_format=torch.channels_last), noise)
+                posterior, _ = vae.encode(x)
+                out = vae.decode(posterior.sample(noise)).float()
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-            return image_loss(out.float(), x) + 1e-4 * kl, {"psnr": psnr(out.detach(), x), "kl": kl.detach()}
+            return image_loss(out, x) + 1e-4 * kl, {"psnr": psnr(out.detach(), x), "kl": kl.detach()}
 
-        self._fit("autoencoder", loss, vae)
+        self._fit("autoencoder", draw, loss, vae)
         normalise_latents(vae, self.clips.frames(range(min(128, len(self.clips))))[0].flatten(0, 1))
 
     # -- stage 2 ------------------------------------------------------------------------------------------------------
 
     def diffusion(self) -> None:
         """Squared error of the prediction at every noise level; U-Net, structure encoder and context train together."""
-        hq, lq = self.latents(range(self.settings.clips))
+        hq, lq = self.latents(range(self.settings.clips), FLIPS)
         stage = self.settings.diffusion
         self.nets.train_only("unet.", "structure.", "context")
         levels = len(self.signal)
 
-        def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        def draw(rng: torch.Generator) -> tuple[Tensor, ...]:
             rows = torch.randint(len(hq), (stage.batch,), generator=rng, device=self.device)
-            x0, z = hq[rows].float(), lq[rows].float()
             # Stratified: every batch sees the whole range of noise levels, which steadies the loss.
             place = torch.arange(stage.batch, device=self.device) + torch.rand(stage.batch, generator=rng, device=self.device)
             t = (place / stage.batch * levels).long().clamp(max=levels - 1)
-            noise = torch.randn(x0.shape, generator=rng, device=self.device)
+            x0 = hq[rows].float()
+            return x0, lq[rows].float(), torch.randn(x0.shape, generator=rng, device=self.device), t
+
+        def loss(x0: Tensor, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             a, s = self.levels(t)
             target = a * noise - s * x0 if self.backbone.schedule.parameterization == "v" else noise
             return F.mse_loss(self.predict(a * x0 + s * noise, z, t), target), {}
 
-        self._fit("diffusion", loss, self.nets)
+        self._fit("diffusion", draw, loss, self.nets)
 
     @torch.no_grad()
-    def latents(self, rows: range) -> tuple[Tensor, Tensor]:
-        """Means of the latents of clips, ground truth and LQ, bfloat16 (N, T, C, h, w)."""
+    def latents(self, rows: range, flips: Sequence[tuple[int, ...]] = ((),)) -> tuple[Tensor, Tensor]:
+        """Means of the latents of clips, ground truth and LQ, bfloat16 (flips * N, T, C, h, w)."""
         pairs = []
-        for start in range(rows.start, rows.stop, CHUNK):
-            with self.half():
-                pairs.append([self.encode(x).bfloat16() for x in self.clips.frames(range(start, min(start + CHUNK, rows.stop)))])
+        for flip in flips:
+            for start in range(rows.start, rows.stop, CHUNK):
+                with self.half():
+                    frames = self.clips.frames(range(start, min(start + CHUNK, rows.stop)))
+                    pairs.append([self.encode(x.flip(flip)).bfloat16() for x in frames])
         return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
     def encode(self, x: Tensor) -> Tensor:
@@ -136,7 +142,7 @@ class Stages:
 
     def predict(self, x_t: Tensor, z_lq: Tensor, t: Tensor) -> Tensor:
         """The U-Net's output, float32, for noisy latents (N, T, C, h, w) at timesteps (N,)."""
-        rows_t = t.repeat_interleave(x_t.shape[1])
+        rows_t = t[:, None].expand(-1, x_t.shape[1]).flatten()
         x, z = x_t.flatten(0, 1), z_lq.flatten(0, 1)
         with self.half():
             struct = self.nets.structure(z, rows_t)
@@ -154,11 +160,13 @@ class Stages:
         return a * x_t - s * out if self.backbone.schedule.parameterization == "v" else (x_t - s * out) / a
 
     @torch.no_grad()
-    def sample(self, z_lq: Tensor, rng: torch.Generator) -> Tensor:
-        """Respaced ancestral sampling from the noised LQ latent, without guidance or tiles."""
+    def sample(self, z_lq: Tensor, rng: torch.Generator, start: Tensor | None = None, steps: int = SAMPLER_STEPS) -> Tensor:
+        """Respaced ancestral sampling without guidance or tiles: the last `steps` steps, from `start` (the LQ latent) noised to there."""
         respaced = self.schedule.respace(SAMPLER_STEPS)
-        x = self.signal[-1] * z_lq + self.noise[-1] * torch.randn(z_lq.shape, generator=rng, device=self.device)
-        for index in reversed(range(SAMPLER_STEPS)):
+        first = respaced.timesteps[steps - 1]
+        x = self.signal[first] * (z_lq if start is None else start)
+        x = x + self.noise[first] * torch.randn(z_lq.shape, generator=rng, device=self.device)
+        for index in reversed(range(steps)):
             t = torch.full((len(x),), respaced.timesteps[index], device=self.device)
             x0 = self.denoised(x, z_lq, t)
             x = float(respaced.posterior_mean_coef1[index]) * x0 + float(respaced.posterior_mean_coef2[index]) * x
@@ -174,28 +182,34 @@ class Stages:
         count = min(self.settings.sampled, self.settings.clips)
         hq, lq = self.latents(range(count))
         rng = self.generator(1)
-        sampled = torch.cat([self.sample(part.float(), rng).bfloat16() for part in lq.split(CHUNK)])
+        parts = list(zip(hq.split(CHUNK), lq.split(CHUNK), strict=True))
+        sampled = torch.cat([self.sample(z.float(), rng).bfloat16() for _, z in parts])
+        half = torch.cat([self.sample(z.float(), rng, x0.float(), SAMPLER_STEPS // 2).bfloat16() for x0, z in parts])
         vae = self.nets.vae
         if not (self.folder / "decoder.state.safetensors").is_file():
             quiet_start(vae)
         self.nets.train_only("vae.decoder.", "vae.post_quant_conv.")
 
-        def loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        def draw(rng: torch.Generator) -> tuple[Tensor, ...]:
             rows = torch.randint(count, (stage.batch,), generator=rng, device=self.device)
             gt, up = self.clips.frames(rows)
-            true = torch.rand((stage.batch, 1, 1, 1, 1), generator=rng, device=self.device) < TRUE_LATENTS
-            z = torch.where(true, hq[rows], sampled[rows]).flatten(0, 1).float()
+            kind = torch.rand((stage.batch, 1, 1, 1, 1), generator=rng, device=self.device)
+            z = torch.where(kind < TRUE_LATENTS, hq[rows], torch.where(kind < TRUE_LATENTS + HALF_SAMPLED, half[rows], sampled[rows]))
+            return z.float(), gt, up
+
+        def loss(z: Tensor, gt: Tensor, up: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with self.half():
                 with torch.no_grad():
                     features = vae.encode(up.flatten(0, 1).contiguous(memory_format=torch.channels_last))[1]
-                out = vae.decode(z, features).float()
-            target = gt.flatten(0, 1)
-            return image_loss(out, target), {"psnr": psnr(out.detach(), target)}
+                out = vae.decode(z.flatten(0, 1), features).float().unflatten(0, z.shape[:2])
+            flicker = (out.diff(dim=1) - gt.diff(dim=1)).abs().mean()
+            value = image_loss(out.flatten(0, 1), gt.flatten(0, 1)) + flicker
+            return value, {"psnr": psnr(out.detach(), gt), "flicker": flicker.detach()}
 
-        self._fit("decoder", loss, vae)
+        self._fit("decoder", draw, loss, vae)
 
-    def _fit(self, name: str, loss: Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]], module: nn.Module) -> None:
-        fit(module, loss, getattr(self.settings, name), name, self.folder, self.settings.seed, self.deadline)
+    def _fit(self, name: str, draw: Draw, loss: Loss, module: nn.Module) -> None:
+        fit(module, draw, loss, getattr(self.settings, name), name, self.folder, self.settings.seed, self.deadline)
         self.nets.requires_grad_(False)
 
 

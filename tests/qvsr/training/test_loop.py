@@ -11,17 +11,20 @@ import torch
 from torch import nn
 
 from qvsr.config import TrainingStage
-from qvsr.training.loop import OutOfTime, fit, learning_rate
+from qvsr.training.loop import Loss, OutOfTime, fit, learning_rate
 
 STAGE = TrainingStage(steps=30, batch=4, learning_rate=0.05, ema=0.9, log_every=5, save_every=7)
 
 
-def problem() -> tuple[nn.Module, object]:
+def draw(rng: torch.Generator) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(8, 3, generator=rng),)
+
+
+def problem() -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
-    def loss(rng: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        x = torch.randn(8, 3, generator=rng)
+    def loss(x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         value = (model(x) - x.sum(1, keepdim=True)).square().mean()
         return value, {"bias": model.bias.detach().sum()}
 
@@ -30,18 +33,18 @@ def problem() -> tuple[nn.Module, object]:
 
 def test_it_learns(tmp_path: Path) -> None:
     model, loss = problem()
-    fit(model, loss, TrainingStage(steps=300, batch=4, learning_rate=0.05, ema=0.9), "toy", tmp_path, seed=1)
+    fit(model, draw, loss, TrainingStage(steps=300, batch=4, learning_rate=0.05, ema=0.9), "toy", tmp_path, seed=1)
     assert torch.allclose(model.weight, torch.ones(1, 3), atol=0.05)  # least squares with the answer in reach
 
 
 def test_interrupted_equals_uninterrupted(tmp_path: Path) -> None:
     whole, loss = problem()
-    fit(whole, loss, STAGE, "toy", tmp_path / "whole", seed=1)
+    fit(whole, draw, loss, STAGE, "toy", tmp_path / "whole", seed=1)
     for _ in range(40):
         parts, loss = problem()
         try:
             # A deadline in the past stops after one step: the hardest interruption there is.
-            fit(parts, loss, STAGE, "toy", tmp_path / "parts", seed=1, deadline=time.monotonic() - 1)
+            fit(parts, draw, loss, STAGE, "toy", tmp_path / "parts", seed=1, deadline=time.monotonic() - 1)
             break
         except OutOfTime as stop:
             assert "the same command goes on" in str(stop)
@@ -53,15 +56,15 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path) -> None:
 def test_not_finite_loss_is_named(tmp_path: Path) -> None:
     model, _ = problem()
     with pytest.raises(ValueError, match=r"toy: the loss is nan at step 5; lower training\.toy\.learning_rate"):
-        fit(model, lambda rng: (model.weight.sum() * float("nan"), {}), STAGE, "toy", tmp_path, seed=1)
+        fit(model, draw, lambda x: (model.weight.sum() * float("nan"), {}), STAGE, "toy", tmp_path, seed=1)
 
 
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model, loss = problem()
-    fit(model, loss, STAGE, "toy", tmp_path, seed=1)
+    fit(model, draw, loss, STAGE, "toy", tmp_path, seed=1)
     other = nn.Linear(4, 1)
     with pytest.raises(ValueError, match=r"toy\.state\.safetensors is of another configuration: weight .*delete it to train anew"):
-        fit(other, lambda rng: (other.weight.sum(), {}), STAGE, "toy", tmp_path, seed=1)
+        fit(other, draw, lambda x: (other.weight.sum(), {}), STAGE, "toy", tmp_path, seed=1)
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
