@@ -4,6 +4,6 @@ Facts of every metric: ``unit``, ``higher_is_better``, ``needs`` ("gt", "fp" or 
 "pairs": T - 1 values) and ``digits`` (decimals shown in tables).
 """
 
-from metrics import ewarp_dis, gmsd, psnr, psnr_fp, ssim, ssim_fp
+from metrics import ewarp_dis, gmsd, psnr, psnr_fp, ssim, ssim_fp, ssim_gradient
 
-__all__ = ["ewarp_dis", "gmsd", "psnr", "psnr_fp", "ssim", "ssim_fp"]
+__all__ = ["ewarp_dis", "gmsd", "psnr", "psnr_fp", "ssim", "ssim_fp", "ssim_gradient"]

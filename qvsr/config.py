@@ -242,6 +242,13 @@ class MethodSettings(Settings):
     quantvsr: QuantVSRSettings = QuantVSRSettings()
 
 
+class VariantSettings(Settings):
+    """A row of its own made of a method with other settings, for ablations."""
+
+    method: str = Field(description="the method that it is a variant of")
+    settings: dict[str, Any] = Field(default_factory=dict, description="keys of method.METHOD that differ; the others are that method's")
+
+
 class TrainingStage(Settings):
     """One stage of training the small model."""
 
@@ -280,11 +287,14 @@ class Config(Settings):
     datasets: dict[str, DatasetSettings] = Field(description="every dataset by name, the calibration set included")
     evaluate: tuple[str, ...] = Field(description="names of the datasets that are measured")
     calibration: CalibrationSettings = CalibrationSettings()
-    methods: tuple[str, ...] = Field(("maxmin", "quantvsr"), description="quantization methods in the tables: names of baselines")
+    methods: tuple[str, ...] = Field(
+        ("maxmin", "quantvsr"), description="quantization methods in the tables: names of baselines or of variants"
+    )
     bits: tuple[str, ...] = Field(("W8A8", "W6A6", "W4A4"), description="bit widths, each WxAy with x and y from 2 to 8")
     method: MethodSettings = MethodSettings()
+    variants: dict[str, VariantSettings] = Field(default_factory=dict, description="methods with other settings, by a name of their own")
     metrics: tuple[str, ...] = Field(
-        ("psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
+        ("psnr", "ssim", "gmsd", "ssim_gradient", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
     )
     protocol: str = Field("strict-v1", description="how metrics are computed: a file of config/protocols, by name")
     picture: tuple[str, str] | None = Field(
@@ -320,6 +330,28 @@ class Config(Settings):
         if self.calibration.dataset in self.evaluate:
             raise ValueError(f"dataset {self.calibration.dataset!r} is both calibrated on and evaluated: use two")
         return self
+
+    def resolve_method(self, name: str) -> tuple[str, Settings | None]:
+        """What a name in `methods` stands for: a method and its settings, None where it has none.
+
+        A variant's are those of the method that it is made from, overlaid by its own.
+
+        Raises:
+            ConfigError: settings that the method does not have or that cannot work; one line that names the variant and the key.
+        """
+        variant = self.variants.get(name)
+        method = name if variant is None else variant.method
+        own = getattr(self.method, method, None)
+        own = own if isinstance(own, Settings) else None
+        if variant is None or not variant.settings:
+            return method, own
+        where = f"variants.{name}.settings"
+        if own is None:
+            raise ConfigError(f"{where}: method {method} has no settings that a variant could change")
+        try:
+            return method, type(own).model_validate(merge(own.model_dump(), variant.settings))
+        except ValidationError as error:
+            raise ConfigError(describe(error, where, type(own))) from None
 
 
 class QuantSpec(Settings):
@@ -362,12 +394,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def describe(error: ValidationError, source: str) -> str:
-    """One line for the first thing wrong in a settings file."""
+def describe(error: ValidationError, source: str, root: type[Settings] | None = None) -> str:
+    """One line for the first thing wrong in a settings file, or in a part of one whose class is `root`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owner = _settings_at(first["loc"][:-1])
+        owner = _settings_at(first["loc"][:-1], root or Config)
         known = ", ".join(owner.model_fields) if owner else "see config/README.md"
         hint = suggest("key", str(first["loc"][-1]), owner.model_fields) if owner else f"known: {known}"
         return f"{source}: unknown key {where}: {hint}"
@@ -376,9 +408,9 @@ def describe(error: ValidationError, source: str) -> str:
     return f"{source}: {where + ': ' if where else ''}{message}{found}"
 
 
-def _settings_at(path: tuple[Any, ...]) -> type[Settings] | None:
-    """The settings class that a dotted path of keys leads to, through dicts of settings too."""
-    owner: Any = Config
+def _settings_at(path: tuple[Any, ...], root: type[Settings]) -> type[Settings] | None:
+    """The settings class that a dotted path of keys leads to from `root`, through dicts of settings too."""
+    owner: Any = root
     for part in path:
         if isinstance(owner, type) and issubclass(owner, Settings):
             if part not in owner.model_fields:

@@ -1,7 +1,8 @@
-"""PSNR, SSIM and GMSD against scikit-image and float64 numpy; what is refused."""
+"""PSNR, SSIM, GMSD and SSIM of gradients against scikit-image and float64 numpy; what is refused."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import correlate
+from scipy.ndimage import correlate, gaussian_filter, sobel
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics  # noqa: F401 (fills the registry)
@@ -19,6 +20,7 @@ from metrics.psnr import psnr
 from metrics.psnr_fp import psnr_fp
 from metrics.ssim import ssim
 from metrics.ssim_fp import ssim_fp
+from metrics.ssim_gradient import gradient_magnitude, ssim_gradient
 from qvsr.registry import METRICS
 
 
@@ -80,6 +82,39 @@ def test_gmsd_is_the_paper_s_equations() -> None:
         assert gmsd(pred, target)[t].item() == pytest.approx(expected, abs=2e-5)  # float32, lumas at a half may round the other way
 
 
+def reference_gradients(image_CHW: np.ndarray) -> np.ndarray:
+    """Sobel magnitudes of the luma by scipy, in float64, without the border that it pads."""
+    luma = np.tensordot([0.299, 0.587, 0.114], image_CHW, 1)
+    return (np.hypot(sobel(luma, 0), sobel(luma, 1)) / 4)[1:-1, 1:-1]
+
+
+def test_ssim_of_gradients_is_scikit_image_s_on_scipy_s_gradients() -> None:
+    pred, target = clip_pair(noise=25)
+    for t in range(len(pred)):
+        a, b = (reference_gradients(x[t].double().numpy()) for x in (pred, target))
+        np.testing.assert_allclose(gradient_magnitude(pred)[t, 0].numpy(), a, atol=1e-14)  # the same arithmetic
+        mean, map_ = structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, full=True)
+        assert map_[5:-5, 5:-5].min() > 0  # else pyiqa's floor at 0 would make another number of it
+        assert ssim_gradient(pred, target)[t].item() == pytest.approx(mean, abs=1e-7)  # pyiqa keeps its window in float32
+        assert mean < 0.95  # a number that says something
+
+
+def test_a_step_of_full_contrast_has_gradient_one_and_nothing_much_more() -> None:
+    step = torch.zeros(1, 3, 16, 16)
+    step[..., 8:] = 1
+    assert gradient_magnitude(step).max().item() == pytest.approx(1, abs=1e-12)  # 0.299 + 0.587 + 0.114 in float64
+    patches = torch.tensor(list(itertools.product((0.0, 1.0), repeat=9))).reshape(-1, 1, 3, 3)  # a convex function is largest at a corner
+    assert gradient_magnitude(patches.expand(-1, 3, -1, -1)).max().item() == pytest.approx(math.sqrt(5) / 2, abs=1e-12)
+
+
+def test_ssim_of_gradients_sees_blur_more_than_ssim_and_brightness_not_at_all() -> None:
+    _, target = clip_pair()
+    blurred = torch.from_numpy(gaussian_filter(target.numpy(), (0, 0, 1.0, 1.0)))
+    assert ssim_gradient(blurred, target).max() < ssim(blurred, target).min()
+    dark = target * 0.5
+    torch.testing.assert_close(ssim_gradient(dark + 0.25, dark), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)  # float32 frames
+
+
 def test_luma_is_another_number() -> None:
     pred, target = clip_pair()
     assert not torch.allclose(ssim(pred, target), ssim(pred, target, colour="y"), atol=1e-4)
@@ -101,6 +136,10 @@ def test_a_clip_with_itself_is_ideal(seed: int, frames: int, height: int, width:
     assert torch.isposinf(psnr(clip, clip)).all() and psnr(clip, clip).shape == (frames,)
     torch.testing.assert_close(ssim(clip, clip), torch.ones(frames, dtype=torch.float64), atol=1e-12, rtol=0)  # float64 rounding
     assert gmsd(clip, clip).max() < 1e-6  # a deviation of float32 ones
+    if min(height, width) >= 13:
+        torch.testing.assert_close(
+            ssim_gradient(clip, clip), torch.ones(frames, dtype=torch.float64), atol=1e-12, rtol=0
+        )  # float64 rounding
 
 
 @settings(max_examples=10, deadline=None)
@@ -108,11 +147,11 @@ def test_a_clip_with_itself_is_ideal(seed: int, frames: int, height: int, width:
 def test_a_frame_does_not_depend_on_its_neighbours(seed: int) -> None:
     pred, target = clip_pair(frames=4, seed=seed)
     order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
-    for metric in (psnr, ssim, gmsd):
+    for metric in (psnr, ssim, gmsd, ssim_gradient):
         assert torch.equal(metric(pred, target)[order], metric(pred[order], target[order]))
 
 
-@pytest.mark.parametrize("name", ["psnr", "ssim", "gmsd", "psnr_fp", "ssim_fp"])
+@pytest.mark.parametrize("name", ["psnr", "ssim", "gmsd", "ssim_gradient", "psnr_fp", "ssim_fp"])
 def test_what_is_refused(name: str) -> None:
     metric = METRICS[name]
     good = torch.rand(5, 3, 64, 64)
@@ -140,6 +179,8 @@ def test_frames_smaller_than_the_window() -> None:
         ssim(small, small)
     with pytest.raises(MetricError, match="gmsd: frames are 3x40, at least 4x4 is needed"):
         gmsd(small[:, :, :3], small[:, :, :3])
+    with pytest.raises(MetricError, match="ssim_gradient: frames are 8x40, at least 13x13 is needed"):
+        ssim_gradient(small, small)
 
 
 def test_every_metric_states_its_facts() -> None:
