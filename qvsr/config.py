@@ -128,6 +128,10 @@ class SamplingSettings(Settings):
 
     steps: int = Field(50, ge=1, le=1000, description="sampling steps, respaced from the training schedule")
     guidance_scale: float = Field(-10.0, description="motion guidance; multiplies the log-variance; 0 turns it off")
+    guidance_pairs: Literal["published", "aligned"] = Field(
+        "published",
+        description="frames that motion guidance compares: as released (with the next pair's flow), or each pair by its own flow",
+    )
     flow: Literal["dis", "raft", "none"] = Field("raft", description="optical flow for motion guidance; dis needs no weights")
     tile: int = Field(64, description="side of a latent tile of the U-Net")
     tile_overlap: int = Field(32, description="latent pixels that neighbouring tiles share")

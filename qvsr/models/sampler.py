@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -74,13 +74,14 @@ class Motion:
         return Motion(*(box.cut(x) for x in (self.forward, self.backward, self.forward_occluded, self.backward_occluded)))
 
 
-def motion_loss(x: Tensor, motion: Motion) -> Tensor:
-    """How much neighbouring frames differ after warping, as published, quirks included.
+def motion_loss(x: Tensor, motion: Motion, pairs: Literal["published", "aligned"] = "published") -> Tensor:
+    """How much neighbouring frames differ after warping: mean |(1 - occluded) (warped neighbour - frame)|, summed over pairs and directions.
 
-    Two passes over the frames. Backward, i = T-2 … 0: mean |(1 - forward_occluded[i]) (p - x[i])|, where p should be frame
-    i+1 warped to frame i. The published loop carries a frame one round too far: p is x[i+1] warped with forward[i+1], the flow
-    of the *next* pair, and in the first round p is zero, which pulls x[T-2] to zero. The forward pass, i = 1 … T-1, mirrors
-    it with x[i-1] and backward[i-2]. Networks were evaluated with this loss, so it is kept.
+    ``aligned`` warps frame i+1 to frame i with the flow of that pair, and frame i to i+1 likewise.
+
+    ``published`` keeps the released loop's quirks, with which the networks were evaluated: it carries a frame one round too far.
+    Backward, i = T-2 … 0, frame i is compared with x[i+1] warped by forward[i+1], the flow of the *next* pair, and in the
+    first round with zero, which pulls x[T-2] to zero. The forward pass, i = 1 … T-1, mirrors it with x[i-1] and backward[i-2].
 
     Args:
         x: (B*T, C, h, w), frame fastest.
@@ -88,18 +89,21 @@ def motion_loss(x: Tensor, motion: Motion) -> Tensor:
         scalar, the sum over both passes.
     """
     clips, frames = motion.forward.shape[0], motion.forward.shape[1] + 1
+    late = int(pairs == "published")
     z = x.view(clips, frames, *x.shape[1:])
     loss = x.new_zeros(())
     for i in range(frames - 2, -1, -1):
-        carried = torch.zeros_like(z[:, i]) if i == frames - 2 else warp(z[:, i + 1], motion.forward[:, i + 1])
+        flow = i + late
+        carried = warp(z[:, i + 1], motion.forward[:, flow]) if flow < frames - 1 else torch.zeros_like(z[:, i])
         loss = loss + ((1 - motion.forward_occluded[:, i]) * (carried - z[:, i])).abs().mean()
     for i in range(1, frames):
-        carried = torch.zeros_like(z[:, i]) if i == 1 else warp(z[:, i - 1], motion.backward[:, i - 2])
+        flow = i - 1 - late
+        carried = warp(z[:, i - 1], motion.backward[:, flow]) if flow >= 0 else torch.zeros_like(z[:, i])
         loss = loss + ((1 - motion.backward_occluded[:, i - 1]) * (carried - z[:, i])).abs().mean()
     return loss
 
 
-def guide(x: Tensor, motion: Motion, scale: float, log_variance: float) -> Tensor:
+def guide(x: Tensor, motion: Motion, scale: float, log_variance: float, pairs: Literal["published", "aligned"] = "published") -> Tensor:
     """One gradient step on :func:`motion_loss`: x - scale * log variance * gradient.
 
     The weight is the *logarithm* of the posterior variance, as published: negative, so that with a negative scale the step
@@ -107,7 +111,7 @@ def guide(x: Tensor, motion: Motion, scale: float, log_variance: float) -> Tenso
     """
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(motion_loss(leaf, motion), leaf)
+        (gradient,) = torch.autograd.grad(motion_loss(leaf, motion, pairs), leaf)
     return x - scale * log_variance * gradient
 
 
@@ -167,5 +171,5 @@ def trajectory(
         sigma = (0.5 * log_variance).exp().item() if step > 0 else 0.0
         x = schedule.posterior_mean(x0, x, step) + sigma * draw("step", x.shape, step).to(x)
         if motion is not None and sampling.guidance_scale != 0:
-            x = guide(x, motion, sampling.guidance_scale, log_variance.item())
+            x = guide(x, motion, sampling.guidance_scale, log_variance.item(), sampling.guidance_pairs)
         yield x

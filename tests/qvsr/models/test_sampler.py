@@ -99,6 +99,21 @@ def test_loss_warps_with_the_flow_of_the_next_pair() -> None:
     torch.testing.assert_close(motion_loss(x, wrong), motion_loss(x, right))
 
 
+def test_aligned_loss_is_zero_for_frames_that_follow_their_flow() -> None:
+    """A scene that moves two columns to the right, then three: every pair agrees under its own flow, and under no other."""
+    scene = torch.randn(1, 4, 8, 40, generator=torch.Generator().manual_seed(1))
+    x = torch.cat([scene[..., left : left + 16] for left in (12, 10, 7)])
+    forward = torch.zeros(1, 2, 2, 8, 16)
+    forward[:, 0, 0], forward[:, 1, 0] = 2.0, 3.0
+    columns = torch.arange(16)
+    gone = torch.stack([columns + 2 > 15, columns + 3 > 15]).float().view(1, 2, 1, 1, 16).expand(-1, -1, -1, 8, -1)
+    new = torch.stack([columns - 2 < 0, columns - 3 < 0]).float().view(1, 2, 1, 1, 16).expand(-1, -1, -1, 8, -1)
+    motion = Motion(forward, -forward, gone, new)
+    assert motion_loss(x, motion, "aligned") < 1e-6
+    assert motion_loss(x, motion, "published") > 0.1
+    assert motion_loss(x, Motion(forward.flip(1), -forward.flip(1), gone, new), "aligned") > 0.1
+
+
 def test_gradient_is_that_of_finite_differences() -> None:
     x = torch.randn(6, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     motion = random_motion(3, 3, 4, torch.float64)
@@ -108,7 +123,8 @@ def test_gradient_is_that_of_finite_differences() -> None:
             for value in (motion.forward, motion.backward, motion.forward_occluded, motion.backward_occluded)
         )
     )
-    assert torch.autograd.gradcheck(lambda value: motion_loss(value, two), x)
+    for pairs in ("published", "aligned"):
+        assert torch.autograd.gradcheck(lambda value, pairs=pairs: motion_loss(value, two, pairs), x)
 
 
 def test_guidance_descends_and_works_without_gradients_around() -> None:
