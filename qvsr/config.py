@@ -420,9 +420,9 @@ def _settings_at(path: tuple[Any, ...], root: type[Settings]) -> type[Settings] 
             if part not in owner.model_fields:
                 return None
             owner = owner.model_fields[str(part)].annotation
-        nested = [a for a in getattr(owner, "__args__", ()) if isinstance(a, type) and issubclass(a, Settings)]
-        if nested:
-            owner = nested[0]
+        else:  # a dict of settings; this part is the name in it
+            nested = [a for a in getattr(owner, "__args__", ()) if isinstance(a, type) and issubclass(a, Settings)]
+            owner = nested[0] if nested else None
     return owner if isinstance(owner, type) and issubclass(owner, Settings) else None
 
 

@@ -41,6 +41,7 @@ def test_defaults_are_the_published_model(tmp_path):
         ("metric: [psnr]", "config.yaml: unknown key metric: no key 'metric'; did you mean metrics? known: backbone, bits"),
         ("sampling: {step: 5}", "unknown key sampling.step: no key 'step'; did you mean steps?"),
         ("method: {quantvsr: {rank: 5}}", "unknown key method.quantvsr.rank: no key 'rank'"),
+        ("variants: {a: {method: maxmin, setting: {}}}", "unknown key variants.a.setting: no key 'setting'; did you mean settings?"),
         ("bits: [W4]", "bits: bits 'W4' is not WxAy with x and y from 2 to 8, such as W4A4"),
         ("bits: [W9A9]", "bits 'W9A9' is not WxAy"),
         ("sampling: {steps: 0}", "sampling.steps: Input should be greater than or equal to 1 (found 0)"),
