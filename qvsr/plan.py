@@ -20,9 +20,13 @@ from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import suggest
 
 DEFAULT = Path("config/default.yaml")
-# What is not quantized but stands in the tables: the reference, and what no network at all gives.
+# What is not quantized but restored: what no network at all gives, and the network as it is.
 UNQUANTIZED = ("bicubic", "full_precision")
+# Rows for orientation, in the order of tables and pictures; the ground truth is measured itself, since it too flickers.
+GROUND_TRUTH = "ground_truth"
+REFERENCES = (GROUND_TRUTH, *UNQUANTIZED)
 UNQUANTIZED_BITS = "W32A32"
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config:
@@ -50,14 +54,24 @@ def _short(file: Path) -> str:
 
 
 def check_names(config: Config) -> None:
-    """Refuse a method or metric that no file declares, before anything is computed."""
+    """Refuse a method or metric that no file declares, and a variant that cannot work, before anything is computed."""
+    methods = declared("baselines", "BASELINES") + declared("qvsr", "BASELINES")
     for kind, asked, known in (
-        ("method", config.methods, declared("baselines", "BASELINES") + declared("qvsr", "BASELINES") + ["bicubic"]),
+        ("method", config.methods, [*methods, "bicubic", *config.variants]),
         ("metric", config.metrics, declared("metrics", "METRICS")),
     ):
         for name in asked:
             if name not in known:
                 raise ConfigError(suggest(kind, name, known) + f"; see {kind}s in the configuration")
+    quantizing = [name for name in methods if name not in REFERENCES]
+    for name, variant in config.variants.items():
+        if name in (*methods, *REFERENCES):
+            raise ConfigError(f"variants.{name}: {name} is a row already, a variant needs a name of its own")
+        if not NAME.match(name):
+            raise ConfigError(f"variants.{name}: name {name!r} is not made of letters, digits, '.', '_' and '-'; files are called by it")
+        if variant.method not in quantizing:
+            raise ConfigError(f"variants.{name}.method: {suggest('method', variant.method, quantizing)}")
+        config.resolve_method(name)
 
 
 def check_protocol(config: Config) -> None:
@@ -138,9 +152,10 @@ class Plan:
         return settings_digest(self.config, *keys)
 
     def method_digest(self, method: str) -> str:
-        """Digest of the settings that quantizing with one method reads; another method's do not count."""
-        own = [f"method.{method}"] if method in type(self.config.method).model_fields else []
-        return self.digest(*own, "method.exclude", "backbone", "seed", "threads")
+        """Digest of the settings that quantizing with one method or variant reads; another's do not count."""
+        base, own = self.config.resolve_method(method)
+        values = [base, own.model_dump(mode="json") if own else None]
+        return _digest([values, self.digest("method.exclude", "backbone", "seed", "threads")])
 
     def clip_digest(self, dataset: str, clip: str) -> str:
         """Digest of the settings that one clip is made from; of the dataset's other clips only where their frames are in it."""
@@ -162,14 +177,14 @@ class Plan:
         return [
             (method, bits)
             for method in self.config.methods
-            if method not in UNQUANTIZED
+            if method not in REFERENCES
             for bits in self.config.bits
             if bits != UNQUANTIZED_BITS
         ]
 
     def rows(self) -> list[tuple[str, str]]:
-        """(method, bits) of every row of the tables, unquantized ones first."""
-        return [(method, UNQUANTIZED_BITS) for method in UNQUANTIZED] + self.quantized()
+        """(method, bits) of every row of the tables, those for orientation first."""
+        return [(method, UNQUANTIZED_BITS) for method in REFERENCES] + self.quantized()
 
     def clips(self, dataset: str) -> list[str]:
         """Names of a dataset's clips."""
@@ -201,9 +216,13 @@ class Plan:
 
     def picture_frames(self) -> list[str]:
         """Folders of frames that the comparison picture is made of."""
-        dataset, clip = self.picture()
-        restored = [str(self.output / "restored" / dataset / f"{method}-{bits}" / clip) for method, bits in self.rows()]
-        return [str(self.output / "clips" / dataset / "GT" / clip), *restored]
+        return [self.frames(*self.picture(), method, bits) for method, bits in self.rows()]
+
+    def frames(self, dataset: str, clip: str, method: str, bits: str) -> str:
+        """Folder of a row's frames; those of the ground truth lie where the clips stage wrote them, and nowhere else."""
+        if method == GROUND_TRUTH:
+            return str(self.output / "clips" / dataset / "GT" / clip)
+        return str(self.output / "restored" / dataset / f"{method}-{bits}" / clip)
 
     def measured(self) -> list[str]:
         """Result files of every row and clip."""
@@ -215,7 +234,7 @@ class Plan:
 
     def checkpoint(self, method: str, bits: str) -> list[str]:
         """The quantized checkpoint that a restoration reads; none for what is not quantized."""
-        return [] if method in UNQUANTIZED else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]
+        return [] if method in REFERENCES else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]
 
 
 def clip_name(folder: Path) -> str:

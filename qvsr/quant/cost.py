@@ -340,7 +340,7 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
         for method in config.methods:
             if method in ("full_precision", "bicubic"):
                 continue
-            own = getattr(config.method, method, None)
+            _, own = config.resolve_method(method)
             branch = getattr(own, "branch", False)
             planned = plan(
                 facts,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qvsr.plan import REFERENCES
 from qvsr.registry import METRICS
-from qvsr.report.tables import REFERENCES, bits_order, ordered, plural, row_order
+from qvsr.report.tables import bits_order, ordered, plural, row_order
 from qvsr.results import Row, Summary
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class FigureError(ValueError):
 
 @dataclass(frozen=True)
 class Panel:
-    """One crop of the comparison picture.
+    """One frame of the comparison picture.
 
     Attributes:
         label: such as "quantvsr W4A4".
@@ -97,65 +98,67 @@ def detailed_crop(frame_HWC: np.ndarray, size: int) -> tuple[int, int]:
     return corners[int(np.argmax(sums))]
 
 
-def comparison(path: Path, panels: Sequence[Panel], caption: str = "", crop: int = 64, zoom: int = 3, columns: int = 5) -> None:
-    """A strip of crops side by side, each pixel a square of `zoom` pixels; the whole first frame with the crop marked comes first.
+def comparison(path: Path, panels: Sequence[Panel], caption: str = "", crop: int = 128, zoom: int = 3, columns: int = 5) -> None:
+    """A strip of frames side by side, each pixel a square of `zoom` pixels: what the files hold, nothing is resampled.
 
     Args:
         path: PNG to write.
         panels: ground truth first, then bicubic, full precision and the methods.
         caption: a line below, such as the clip and the frame number.
-        crop: side of the crop in pixels, cut where the first panel has most detail.
-        zoom: nearest-neighbour enlargement of the crops.
-        columns: crops in a row; more panels than that continue below.
+        crop: largest side in pixels; of a larger frame the square of this side with most detail in the first panel is shown.
+        zoom: nearest-neighbour enlargement.
+        columns: panels in a row; more than that continue below.
     Raises:
         FigureError: no panels, or frames of different sizes.
     """
+    from PIL import Image
+
     if not panels:
         raise FigureError("the comparison picture needs at least one panel")
     shapes = {panel.frame_HWC.shape for panel in panels}
     if len(shapes) > 1:
         raise FigureError(f"the comparison picture needs frames of one size, found {sorted(shapes)}")
+    full_height, full_width = panels[0].frame_HWC.shape[:2]
+    height, width, top, left = full_height, full_width, 0, 0
+    notes = [caption, f"every pixel {zoom}×{zoom}"]
+    if max(height, width) > crop:
+        height = width = min(crop, full_height, full_width)
+        top, left = detailed_crop(panels[0].frame_HWC, height)
+        notes.append(f"{width}×{height} of {full_width}×{full_height} pixels, from row {top} and column {left}")
     if any(panel.psnr is not None for panel in panels):
-        caption = f"{caption}; PSNR of the whole frame" if caption else "PSNR of the whole frame"
-    crop = min(crop, *panels[0].frame_HWC.shape[:2])
-    top, left = detailed_crop(panels[0].frame_HWC, crop)
-    side, gap, margin, text = crop * zoom, 8, 12, 38  # pixels; `text` is the room for two lines below a crop
-    rows = math.ceil(len(panels) / columns)
-    block = rows * (side + text)
-    height, width = panels[0].frame_HWC.shape[:2]
-    overview_height = side
-    overview_width = round(overview_height * width / height)
-    total_width = 2 * margin + overview_width + min(columns, len(panels)) * (side + gap)
-    total_height = 2 * margin + block + (18 if caption else 0)
+        notes.append("PSNR of the whole frame")
+    # pixels; a page shows such a strip at half its size, so the letters are twice as large as in the other figures
+    gap, text = 12, 68
+    columns = min(columns, len(panels))
+    total_width = columns * (width * zoom + gap) + gap
+    total_height = math.ceil(len(panels) / columns) * (height * zoom + gap + text) + text // 2
     plt = _pyplot()
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(total_width / DPI, total_height / DPI), facecolor="white")
 
-        def place(x: int, y: int, w: int, h: int) -> Axes:
-            axes = figure.add_axes((x / total_width, 1 - (y + h) / total_height, w / total_width, h / total_height))
-            axes.set_axis_off()
-            return axes
+        def write(x: float, y: float, words: str, size: float, room: int, **how: Any) -> None:
+            """Words whose baseline is `y` pixels from above, `size` pixels high, or less where `room` pixels of width need it."""
+            size = min(size, room / (0.6 * len(words)))  # no text of this font is wider than that
+            figure.text(x / total_width, 1 - y / total_height, words, va="baseline", fontsize=size * 72 / DPI, **how)
 
-        def write(x: int, y: int, words: str, **how: Any) -> None:
-            figure.text(x / total_width, 1 - y / total_height, words, va="baseline", **how)
-
-        axes = place(margin, margin, overview_width, overview_height)
-        axes.imshow(panels[0].frame_HWC, interpolation="antialiased", aspect="auto")
-        box = plt.Rectangle((left - 0.5, top - 0.5), crop, crop, fill=False, edgecolor="white", linewidth=2.2)
-        axes.add_patch(box)
-        axes.add_patch(plt.Rectangle((left - 0.5, top - 0.5), crop, crop, fill=False, edgecolor=COLOURS[1], linewidth=1.2))
-        write(margin + overview_width // 2, margin + side + 15, "whole frame", ha="center", color=SOFT)
+        corners = []
         for index, panel in enumerate(panels):
-            x = margin + overview_width + gap + index % columns * (side + gap)
-            y = margin + index // columns * (side + text)
-            place(x, y, side, side).imshow(panel.frame_HWC[top : top + crop, left : left + crop], interpolation="nearest", aspect="auto")
-            write(x + side // 2, y + side + 15, panel.label, ha="center")
+            x, y = gap + index % columns * (width * zoom + gap), gap + index // columns * (height * zoom + gap + text)
+            corners.append((x, y))
+            middle, below = x + width * zoom / 2, y + height * zoom
+            write(middle, below + 30, panel.label, 25, width * zoom, ha="center")
             if panel.psnr is not None:
                 value = "identical" if math.isinf(panel.psnr) else f"{panel.psnr:.2f} dB"
-                write(x + side // 2, y + side + 28, value, ha="center", color=SOFT, fontsize=8)
-        if caption:
-            write(margin, total_height - margin, caption, ha="left", color=SOFT, fontsize=8)
-        _save(figure, path)
+                write(middle, below + 60, value, 23, width * zoom, ha="center", color=SOFT)
+        write(gap, total_height - gap, "; ".join(filter(None, notes)), 20, total_width - 2 * gap, ha="left", color=SOFT)
+        figure.canvas.draw()
+        picture_HWC = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+        plt.close(figure)
+    # the frames go over matplotlib's pixels, which therefore cannot touch theirs
+    for (x, y), panel in zip(corners, panels, strict=True):
+        window = panel.frame_HWC[top : top + height, left : left + width]
+        picture_HWC[y : y + height * zoom, x : x + width * zoom] = window.repeat(zoom, 0).repeat(zoom, 1)
+    Image.fromarray(picture_HWC).save(path, format="png", optimize=True)
 
 
 def by_bits(path: Path, rows: Iterable[Row], metric: str = "psnr_fp", methods: Sequence[str] = ()) -> None:

@@ -1,8 +1,8 @@
 """Tables of metrics and cost: a tidy CSV for programs, Markdown and LaTeX for people.
 
 The same rows give the same bytes, whatever the order in which they come. In the wide tables the best value among the quantized methods at
-the same bits is bold (all that print alike; only where two or more can be compared); bicubic and full precision stand for
-orientation and are never bold.
+the same bits is bold (all that print alike; only where two or more can be compared); ground truth, bicubic and full precision stand
+for orientation and are never bold.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qvsr.plan import GROUND_TRUTH, REFERENCES
 from qvsr.quant.cost import Cost
 from qvsr.registry import METRICS
 from qvsr.results import Row, Summary, aggregate
 
-REFERENCES = ("bicubic", "full_precision")  # rows for orientation, in this order, before the quantized methods
 OWN = ("quantvsr",)  # the method that the others are compared with comes last in its block
 METRIC_COLUMNS = ("backbone", "dataset", "method", "bits", "execution", "metric", "value", "low", "high", "clips", "frames", "signature")
 COST_COLUMNS = (
@@ -77,7 +77,7 @@ def bits_order(bits: str) -> tuple[int, ...]:
 
 
 def row_order(method: str, bits: str, methods: Sequence[str] = ()) -> tuple[object, ...]:
-    """Place of a row: bicubic, full precision, then by bits; within bits as in `methods`, else by name with our own last."""
+    """Place of a row: those for orientation, then by bits; within bits as in `methods`, else by name with our own last."""
     if method in REFERENCES:
         return (0, REFERENCES.index(method), (), 0, 0, method)
     listed = (0, methods.index(method)) if method in methods else (1, 1 if method in OWN else 0)
@@ -123,23 +123,23 @@ def signature(summary: Summary) -> str:
     return summary.signature + (f"|limit:{summary.limit}" if summary.limit is not None else "")
 
 
-def metrics_markdown(summaries: Sequence[Summary]) -> str:
-    """Wide tables, one a data set, with footnotes and signatures."""
+def metrics_markdown(summaries: Sequence[Summary], notes: Sequence[str] = ()) -> str:
+    """Wide tables, one a data set, with footnotes (ours, then `notes`) and signatures."""
     parts = []
     for group in _by_dataset(summaries):
         table = _wide(group, MARKDOWN)
         parts += [f"### {_heading(group)}", "", *_markdown_table(table, 2), ""]
-        parts += [f"- {line}" for line in _footnotes(group)]
+        parts += [f"- {line}" for line in (*_footnotes(group), *notes)]
         parts += ["- Signatures:", *(f"  - `{line}`" for line in _signatures(group)), ""]
     return "\n".join(parts)
 
 
-def metrics_latex(summaries: Sequence[Summary]) -> str:
+def metrics_latex(summaries: Sequence[Summary], notes: Sequence[str] = ()) -> str:
     """The same tables for LaTeX with booktabs; a block of lines for each bits, signatures as comments."""
     parts = []
     for group in _by_dataset(summaries):
-        notes = " ".join(_footnotes(group)).replace("↑", LATEX_STYLE.up).replace("↓", LATEX_STYLE.down)
-        caption = _escape_around_math(f"{_heading(group)}. {notes}")
+        below = " ".join((*_footnotes(group), *notes)).replace("↑", LATEX_STYLE.up).replace("↓", LATEX_STYLE.down)
+        caption = _escape_around_math(f"{_heading(group)}. {below}")
         parts += [f"% {line}" for line in _signatures(group)]
         parts += _latex_table(_wide(group, LATEX_STYLE), 2, caption, f"tab:metrics-{group[0].dataset}")
         parts.append("")
@@ -150,20 +150,23 @@ def _escape_around_math(text: str) -> str:
     return "".join(piece if piece.startswith("$") else latex_escape(piece) for piece in re.split(r"(\$[^$]*\$)", text))
 
 
-def write_metrics(folder: Path, rows: Iterable[Row], methods: Sequence[str] = (), metrics: Sequence[str] = ()) -> None:
+def write_metrics(
+    folder: Path, rows: Iterable[Row], methods: Sequence[str] = (), metrics: Sequence[str] = (), notes: Sequence[str] = ()
+) -> None:
     """Write metrics.csv, metrics.md and metrics.tex into a folder.
 
     Args:
         rows: of all clips and methods, in any order.
         methods, metrics: the order of rows and columns; default: by name, as registered.
+        notes: more footnotes.
     Raises:
         qvsr.results.ResultError: rows that must not be averaged, such as a method without one of the clips.
     """
     summaries = ordered(rows, methods, metrics)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").write_text(metrics_csv(summaries), encoding="utf-8")
-    (folder / "metrics.md").write_text(metrics_markdown(summaries), encoding="utf-8")
-    (folder / "metrics.tex").write_text(metrics_latex(summaries), encoding="utf-8")
+    (folder / "metrics.md").write_text(metrics_markdown(summaries, notes), encoding="utf-8")
+    (folder / "metrics.tex").write_text(metrics_latex(summaries, notes), encoding="utf-8")
 
 
 def _by_dataset(summaries: Sequence[Summary]) -> list[list[Summary]]:
@@ -186,12 +189,14 @@ def plural(count: int, noun: str) -> str:
 def _footnotes(group: Sequence[Summary]) -> list[str]:
     first = group[0]
     notes = [
-        "↑ higher is better, ↓ lower is better. Bold: best of the methods at the same bits; bicubic and full_precision are there for orientation.",
+        "↑ higher is better, ↓ lower is better. Bold: best of the methods at the same bits; the rows above them are there for orientation.",
         f"A value is the mean over the frames of a clip, then over {plural(first.clips, 'clip')}; "
         + ("metrics.csv has the 95 % Student-t intervals over clips." if first.clips > 1 else "one clip gives no interval."),
     ]
     if any(METRICS[s.metric].facts["needs"] == "fp" for s in group):
         notes.append("Metrics ending in _fp compare with the output of full_precision, which is identical to itself (inf, 1).")
+    if any(s.method == GROUND_TRUTH for s in group):
+        notes.append("ground_truth is compared with itself; what moves in it has a warping error too, by which to read the others'.")
     executions = sorted({s.execution for s in group if s.method not in REFERENCES})
     if executions == ["simulated"]:
         notes.append("Quantized rows are simulated: floating point on rounded values.")
@@ -221,7 +226,7 @@ def _wide(group: Sequence[Summary], style: Style) -> list[list[list[str]]]:
             for name in names
         ]
         block = "" if method in REFERENCES else bits
-        blocks.setdefault(block, []).append(["–" if method == "bicubic" else bits, label, *cells])
+        blocks.setdefault(block, []).append(["–" if method in (GROUND_TRUTH, "bicubic") else bits, label, *cells])
     return [[header], *blocks.values()]
 
 

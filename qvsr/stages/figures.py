@@ -38,15 +38,14 @@ def comparison_panels(config: Config, rows: Sequence[results.Row], dataset: str,
     """
     from qvsr.report.figures import Panel, frame_value, lowest_bits
 
-    ground_truth = read_clip(config.output / "clips" / dataset / "GT" / clip).frames_THWC
-    frame = len(ground_truth) // 2
-    panels = [Panel("ground truth", ground_truth[frame])]
-    lowest = lowest_bits(config.bits)
-    for method, bits in plan.Plan(config).rows():
+    run, lowest, panels = plan.Plan(config), lowest_bits(config.bits), []
+    for method, bits in run.rows():
         if bits not in (plan.UNQUANTIZED_BITS, lowest):
             continue
-        restored = read_clip(config.output / "restored" / dataset / f"{method}-{bits}" / clip).frames_THWC
-        value = frame_value(rows, "psnr", dataset, clip, method, bits, frame) if "psnr" in config.metrics else None
-        label = method.replace("_", " ") + ("" if method in plan.UNQUANTIZED else f" {bits}")
-        panels.append(Panel(label, restored[frame], value))
+        frames_THWC = read_clip(Path(run.frames(dataset, clip, method, bits))).frames_THWC
+        frame = len(frames_THWC) // 2
+        measured = "psnr" in config.metrics and method != plan.GROUND_TRUTH
+        value = frame_value(rows, "psnr", dataset, clip, method, bits, frame) if measured else None
+        of = f" ({config.backbone.name})" if method == "full_precision" else "" if method in plan.REFERENCES else f" {bits}"
+        panels.append(Panel(method.replace("_", " ") + of, frames_THWC[frame], value))
     return panels, frame

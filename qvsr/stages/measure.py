@@ -14,7 +14,7 @@ def run(config: Config, pred: Path, gt: Path, fp: Path | None, dataset: str, met
     """Measure one clip and write one JSON line per metric.
 
     Args:
-        pred: clip folder of restored frames.
+        pred: clip folder of restored frames, or of the ground truth itself.
         gt: clip folder of the ground truth.
         fp: clip folder of the full-precision output; needed by metrics that compare with it.
         dataset: name of the dataset; stands in each line, as `method` and `bits` do.

@@ -19,7 +19,7 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
     """Quantize the backbone's U-Net.
 
     Args:
-        method: a registered method; the package `baselines` must have been imported.
+        method: a registered method, or a variant of one; the package `baselines` must have been imported.
         bits: such as W4A4.
         calibration: folder written by the calibrate stage.
         out: the checkpoint, safetensors; its header holds every setting that made it.
@@ -28,13 +28,13 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
     from qvsr.models.checkpoints import load_backbone
     from qvsr.quant import checkpoint
 
-    quantize = BASELINES[method]
+    base, own = config.resolve_method(method)
+    quantize = BASELINES[base]
     weight_bits, act_bits = parse_bits(bits)
     if 32 in (weight_bits, act_bits):
         raise QuantizeStageError(f"{method} {bits}: nothing to quantize; bits from 2 to 8 are, such as W4A4")
-    own = getattr(config.method, method, None)
     spec = QuantSpec(
-        method=method,
+        method=base,
         weight_bits=weight_bits,
         act_bits=act_bits,
         exclude=config.method.exclude,
@@ -46,6 +46,7 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
     unet = quantize(backbone.unet, samples, spec)
     header = {
         "method": method,
+        "base": base,
         "bits": bits,
         "backbone": config.backbone.name,
         "weights": backbone.digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,5 +31,14 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         costs.append(measured_cost(unet, config, header["method"], header["bits"]))
     call = f"one segment of {config.backbone.unet.num_frames} frames on a latent tile of {config.sampling.tile}×{config.sampling.tile}"
     with atomic_path(out) as partial:
-        write_metrics(partial, rows, config.methods, config.metrics)
+        write_metrics(partial, rows, config.methods, config.metrics, variant_notes(config))
         write_cost(partial, costs, call, config.methods)
+
+
+def variant_notes(config: Config) -> list[str]:
+    """A line for each variant in the tables: what it is made of."""
+    listed = {name: config.variants[name] for name in config.methods if name in config.variants}
+    return [
+        f"{name}: {variant.method} with {', '.join(f'{key}={json.dumps(value)}' for key, value in variant.settings.items()) or 'its settings'}."
+        for name, variant in listed.items()
+    ]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from qvsr import config as settings
 from qvsr import plan
 from qvsr.config import ConfigError
 from qvsr.registry import BASELINES, METRICS
@@ -44,6 +45,7 @@ def test_names_read_from_source_are_those_that_get_registered():
 
 def test_rows_are_the_unquantized_then_methods_by_bits(run):
     assert run.rows() == [
+        ("ground_truth", "W32A32"),
         ("bicubic", "W32A32"),
         ("full_precision", "W32A32"),
         ("maxmin", "W8A8"),
@@ -52,8 +54,8 @@ def test_rows_are_the_unquantized_then_methods_by_bits(run):
         ("quantvsr", "W4A4"),
     ]
     assert run.pairs() == [("clips", "bikes"), ("clips", "carphone")]
-    assert len(run.measured()) == 12
-    assert run.measured()[0] == "out/measured/clips/bicubic-W32A32/bikes.jsonl"
+    assert len(run.measured()) == 14
+    assert run.measured()[0] == "out/measured/clips/ground_truth-W32A32/bikes.jsonl"
 
 
 def test_full_precision_may_be_listed_among_the_methods(file):
@@ -61,9 +63,15 @@ def test_full_precision_may_be_listed_among_the_methods(file):
 
 
 def test_checkpoints_and_weights(run):
-    assert run.checkpoint("bicubic", "W32A32") == []
+    assert run.checkpoint("bicubic", "W32A32") == run.checkpoint("ground_truth", "W32A32") == []
     assert run.checkpoint("maxmin", "W4A4") == ["out/quantized/maxmin-W4A4.safetensors"]
     assert run.weights() == ["a.safetensors", "b.safetensors"]
+
+
+def test_the_ground_truth_is_measured_where_it_lies(run):
+    assert run.frames("clips", "bikes", "ground_truth", "W32A32") == "out/clips/clips/GT/bikes"
+    assert run.frames("clips", "bikes", "maxmin", "W4A4") == "out/restored/clips/maxmin-W4A4/bikes"
+    assert run.picture_frames()[:2] == ["out/clips/clips/GT/bikes", "out/restored/clips/bicubic-W32A32/bikes"]
 
 
 def test_weights_of_the_flow_are_read_by_raft_only(file):
@@ -150,6 +158,109 @@ def test_a_digest_follows_its_settings_only(file):
     assert changed(base, digests(datasets={"clips": {"clips": {"bikes": {"start": 3}}}})) == [False, False, True, False]
     assert changed(base, digests(datasets={"clips": {"degradation": {"seed": 3}}})) == [False, False, True, True]
     assert changed(base, digests(datasets={"clips": {"limit": 1}})) == [False, False, False, False]
+
+
+VARIANTS = {
+    "rotation": {"method": "quantvsr", "settings": {"branch": False, "refine": False, "lba": False}},
+    "split": {"method": "maxmin", "settings": {"channel_split": True}},
+    "plain": {"method": "quantvsr"},
+}
+
+
+def test_a_variant_is_a_row_like_any_method(file):
+    run = plan.Plan(plan.resolve([file], {"variants": VARIANTS, "methods": ["split", "quantvsr", "rotation"], "bits": ["W4A4"]}))
+    assert run.quantized() == [("split", "W4A4"), ("quantvsr", "W4A4"), ("rotation", "W4A4")]
+    assert run.checkpoint("rotation", "W4A4") == ["out/quantized/rotation-W4A4.safetensors"]
+
+
+def test_a_variant_has_the_settings_of_its_method_overlaid_by_its_own(file):
+    config = plan.resolve([file], {"variants": VARIANTS, "method": {"quantvsr": {"rank_min": 24, "lba": True}}})
+    method, own = config.resolve_method("rotation")
+    assert (method, own) == ("quantvsr", config.method.quantvsr.model_copy(update={"branch": False, "refine": False, "lba": False}))
+    assert own.rank_min == 24 and own.rotation
+    assert config.resolve_method("plain") == config.resolve_method("quantvsr") == ("quantvsr", config.method.quantvsr)
+    assert config.resolve_method("full_precision") == ("full_precision", None)
+
+
+def test_the_settings_file_keeps_variants(file, tmp_path):
+    run = plan.Plan(plan.resolve([file], {"variants": VARIANTS, "methods": ["rotation"], "output": str(tmp_path / "out")}))
+    run.write_settings()
+    assert plan.resolve([run.settings_file], {}) == run.config
+
+
+def test_a_changed_variant_changes_its_own_digest_and_no_other(file):
+    def digests(**overrides):
+        run = plan.Plan(plan.resolve([file], settings.merge({"variants": VARIANTS}, overrides)))
+        return [run.method_digest(name) for name in ("rotation", "split", "plain", "quantvsr", "maxmin")]
+
+    base = digests()
+    assert base[2] == base[3], "the same work, whatever it is called"
+    assert len(set(base)) == 4
+    assert changed(base, digests(variants={"rotation": {"settings": {"channel_split": False}}})) == [True, False, False, False, False]
+    assert changed(base, digests(method={"quantvsr": {"rank_max": 128}})) == [True, False, True, True, False]
+    assert changed(base, digests(method={"quantvsr": {"lba": False}})) == [False, False, True, True, False]
+    assert changed(base, digests(variants={"more": {"method": "maxmin"}}, methods=["more"])) == [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"a": {"method": "quantvrs"}}, "variants.a.method: no method 'quantvrs'; did you mean quantvsr? known: "),
+        ({"a": {"method": "full_precision"}}, "variants.a.method: no method 'full_precision'; known: "),
+        ({"a": {"method": "b"}, "b": {"method": "maxmin"}}, "variants.a.method: no method 'b'; known: "),
+        (
+            {"a": {"method": "quantvsr", "settings": {"rotatoin": False}}},
+            "variants.a.settings: unknown key rotatoin: no key 'rotatoin'; did you mean rotation?",
+        ),
+        (
+            {"a": {"method": "quantvsr", "settings": {"rank_min": 0}}},
+            "variants.a.settings: rank_min: Input should be greater than or equal to 1 (found 0)",
+        ),
+        ({"a": {"method": "quantvsr", "settings": {"rank_max": 8}}}, "variants.a.settings: rank_min 16 is above rank_max 8"),
+        ({"a": {"settings": {}}}, "variants.a.method: Field required"),
+        ({"a": {"method": "maxmin", "setting": {}}}, "unknown key variants.a.setting: no key 'setting'; did you mean settings?"),
+        ({"maxmin": {"method": "quantvsr"}}, "variants.maxmin: maxmin is a row already, a variant needs a name of its own"),
+        ({"bicubic": {"method": "quantvsr"}}, "variants.bicubic: bicubic is a row already"),
+        ({"full_precision": {"method": "quantvsr"}}, "variants.full_precision: full_precision is a row already"),
+        ({"ground_truth": {"method": "quantvsr"}}, "variants.ground_truth: ground_truth is a row already"),
+        ({"a/b": {"method": "quantvsr"}}, "variants.a/b: name 'a/b' is not made of letters, digits, '.', '_' and '-'"),
+    ],
+)
+def test_a_variant_that_cannot_work_is_one_line_that_names_the_key(file, variants, message):
+    """Whether it is in `methods` or not."""
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        plan.resolve([file], {"variants": variants})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variant_of_a_method_without_settings(file, monkeypatch):
+    monkeypatch.setattr(plan, "declared", lambda package, registry: ["half", "maxmin", "quantvsr", "psnr", "ssim"])
+    data = {"metrics": ["psnr"], "variants": {"a": {"method": "half"}}}
+    assert plan.resolve([file], data).resolve_method("a") == ("half", None)
+    data["variants"]["a"]["settings"] = {"x": 1}
+    with pytest.raises(ConfigError, match=re.escape("variants.a.settings: method half has no settings that a variant could change")):
+        plan.resolve([file], data)
+
+
+def test_the_study_of_the_small_model_is_complete():
+    run = plan.Plan(plan.resolve([plan.ROOT / "config" / "mini-quantization.yaml"], {}))
+    assert [method for method, bits in run.quantized() if bits == "W3A3"] == [
+        "maxmin",
+        "rotation",
+        "low_rank",
+        "rotation_low_rank",
+        "quantvsr",
+    ]
+    parts = {
+        name: [part for part in ("channel_split", "rotation", "branch", "stca", "refine", "lba") if getattr(own, part)]
+        for name, (method, own) in ((name, run.config.resolve_method(name)) for name in run.config.variants)
+        if method == "quantvsr"
+    }
+    assert parts == {
+        "rotation": ["channel_split", "rotation", "stca"],
+        "low_rank": ["branch"],
+        "rotation_low_rank": ["channel_split", "rotation", "branch", "stca"],
+    }
 
 
 def changed(before, after) -> list[bool]:

@@ -1,6 +1,6 @@
 rule measure:
     input:
-        pred="<results>/restored/{dataset}/{method}-{bits}/{clip}",
+        pred=lambda wildcards: plan.frames(wildcards.dataset, wildcards.clip, wildcards.method, wildcards.bits),
         gt="<results>/clips/{dataset}/GT/{clip}",
         fp="<results>/restored/{dataset}/full_precision-W32A32/{clip}",
     output:

@@ -15,7 +15,7 @@ rule tables:
     params:
         config=plan.settings_file,
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
-        settings=plan.digest("methods", "metrics", "sampling.tile"),
+        settings=plan.digest("methods", "variants", "metrics", "sampling.tile"),
         code=code_digest("qvsr/stages/tables.py", "qvsr/report/tables.py", "qvsr/results.py", "qvsr/quant/cost.py"),
     shell:
         "python -m qvsr tables --config {params.config} --out {output} {params.checkpoints} {input.measured} > {log} 2>&1"

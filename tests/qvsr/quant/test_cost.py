@@ -154,6 +154,22 @@ def test_rows_of_a_configuration_without_weights() -> None:
     assert cost.measured_cost(unet, run, "full_precision", "W32A32") == rows[0]
 
 
+def test_rows_of_variants_are_counted_with_their_own_settings() -> None:
+    one = {"kind": "photographs"}
+    run = config.validate(
+        {
+            "datasets": {"a": one, "b": one}, "evaluate": ["a"], "calibration": {"dataset": "b"}, "bits": ["W4A4"],
+            "backbone": {"unet": SMALL.model_dump(), "structure": {"out_channels": 8}}, "sampling": {"tile": 8, "tile_overlap": 4},
+            "variants": {"bare": {"method": "quantvsr", "settings": {"branch": False, "rotation": False, "channel_split": False}}},
+            "methods": ["maxmin", "bare", "quantvsr"],
+        },
+        "test",
+    )  # fmt: skip
+    _, maxmin, bare, quantvsr = cost.planned_costs(run)
+    assert bare.method == "bare" and {**bare.row(), "method": "maxmin"} == maxmin.row()
+    assert quantvsr.rank_mean > 0 == bare.rank_mean
+
+
 def test_what_cannot_be_counted() -> None:
     with pytest.raises(cost.CostError, match="ReLU has no linear, convolution or quantized layer"):
         cost.count(nn.ReLU(), torch.zeros(1))

@@ -19,6 +19,7 @@ STRICT = protocols.read("strict-v1")
 METRIC_NAMES = ("psnr", "ewarp_dis", "psnr_fp")
 # psnr, ewarp_dis, psnr_fp of two clips
 VALUES = {
+    ("ground_truth", "W32A32"): ((math.inf, 0.5, 24.0), (math.inf, 0.7, 26.0)),
     ("bicubic", "W32A32"): ((25.0, 1.0, 30.0), (27.0, 3.0, 32.0)),
     ("full_precision", "W32A32"): ((24.0, 2.0, math.inf), (26.0, 4.0, math.inf)),
     ("maxmin", "W8A8"): ((23.9, 2.0, 50.0), (25.9, 4.0, 52.0)),
@@ -49,6 +50,7 @@ def test_wide_table_for_people() -> None:
     text = tables.metrics_markdown(tables.ordered(rows(), metrics=METRIC_NAMES))
     assert cells(text) == [
         ["Bits", "Method", "psnr (dB) ↑", "ewarp_dis (×10⁻³) ↓", "psnr_fp (dB) ↑"],
+        ["–", "ground_truth", "inf", "0.60", "25.00"],
         ["–", "bicubic", "26.00", "2.00", "31.00"],  # best ewarp_dis of all, and not bold
         ["W32A32", "full_precision", "25.00", "3.00", "inf"],
         ["W8A8", "maxmin", "**24.90**", "**3.00**", "51.00"],  # 24.900 and 24.901 print alike: both bold
@@ -58,6 +60,17 @@ def test_wide_table_for_people() -> None:
     ]
     assert text.startswith("### real_video, mgld-mini: 2 clips, 20 frames\n")
     assert "limit=" not in text and "`psnr|strict-v1|impl:pyiqa-" in text
+
+
+def test_notes_stand_below_every_table(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, [*rows(), *rows(dataset="other")], notes=["rotation: quantvsr with branch=false."])
+    assert (tmp_path / "metrics.md").read_text().count("\n- rotation: quantvsr with branch=false.\n") == 2
+    assert (tmp_path / "metrics.tex").read_text().count("rotation: quantvsr with branch=false.") == 2
+
+
+def test_without_the_ground_truth_no_line_about_it() -> None:
+    assert "ground_truth" in tables.metrics_markdown(tables.ordered(rows()))
+    assert "ground_truth" not in tables.metrics_markdown(tables.ordered(row for row in rows() if row.method != "ground_truth"))
 
 
 def test_a_single_method_is_not_the_best_of_anything() -> None:
@@ -85,8 +98,9 @@ def test_the_tidy_table_is_exact(tmp_path: Path) -> None:
     assert float(psnr["value"]) == 21.0 and (psnr["clips"], psnr["frames"]) == ("2", "20")
     half = 12.706204736  # t of one degree of freedom times the standard error, which is 1
     assert float(psnr["low"]) == pytest.approx(21 - half, rel=1e-9) and float(psnr["high"]) == pytest.approx(21 + half, rel=1e-9)
-    infinite = found["full_precision", "W32A32", "psnr_fp"]
-    assert (infinite["value"], infinite["low"], infinite["high"]) == ("inf", "", "")
+    for infinite in (found["full_precision", "W32A32", "psnr_fp"], found["ground_truth", "W32A32", "psnr"]):
+        assert (infinite["value"], infinite["low"], infinite["high"]) == ("inf", "", "")
+    assert float(found["ground_truth", "W32A32", "ewarp_dis"]["high"]) > 0.6  # finite values of the same row keep their interval
 
 
 def test_the_same_bytes_whatever_the_order(tmp_path: Path) -> None:
@@ -116,8 +130,9 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
 def test_order_of_rows() -> None:
     methods = ["svdquant", "maxmin", "quantvsr", "bicubic", "full_precision"]
     keys = [(m, b) for m in methods[:3] for b in ("W4A4", "W8A8", "W4A8")] + [("full_precision", "W32A32"), ("bicubic", "W32A32")]
+    keys.append(("ground_truth", "W32A32"))
     assert sorted(keys, key=lambda key: tables.row_order(*key)) == [
-        ("bicubic", "W32A32"), ("full_precision", "W32A32"),
+        ("ground_truth", "W32A32"), ("bicubic", "W32A32"), ("full_precision", "W32A32"),
         ("maxmin", "W8A8"), ("svdquant", "W8A8"), ("quantvsr", "W8A8"),
         ("maxmin", "W4A8"), ("svdquant", "W4A8"), ("quantvsr", "W4A8"),
         ("maxmin", "W4A4"), ("svdquant", "W4A4"), ("quantvsr", "W4A4"),
