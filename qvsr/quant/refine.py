@@ -43,7 +43,10 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Curve:
-    """What training did: the mean loss before and after on the same few samples, and the loss of each update."""
+    """What training did: the mean loss before and after on the same few samples, and the loss of each update.
+
+    `after` is that of the parameters as training left them; where it is not below `before`, they were put back.
+    """
 
     before: float
     after: float
@@ -53,7 +56,13 @@ class Curve:
         """Plain values for a file's header: at most `points` means over equal stretches of the curve."""
         size = max(1, math.ceil(len(self.updates) / points))
         means = [sum(part) / len(part) for part in (self.updates[i : i + size] for i in range(0, len(self.updates), size))]
-        return {"before": self.before, "after": self.after, "updates": len(self.updates), "curve": [float(f"{mean:.6g}") for mean in means]}
+        return {
+            "before": self.before,
+            "after": self.after,
+            "kept": self.after < self.before,
+            "updates": len(self.updates),
+            "curve": [float(f"{mean:.6g}") for mean in means],
+        }
 
 
 def call(network: nn.Module, sample: Sample) -> Tensor:
@@ -91,7 +100,8 @@ def train(
         what: names this training in messages.
         progress: called with (updates done, updates in all).
     Returns:
-        the losses. The parameters are left as training leaves them, whether the loss fell or not.
+        the losses. The parameters are trained, or as they were if the loss did not fall on the probed samples: a few updates at a rate made
+        for many can do more harm than rounding did (the published code, with many, keeps whatever comes out).
     Raises:
         QuantError: no samples, or a loss that is not finite.
     """
@@ -104,6 +114,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, updates // 2), LR_FACTOR)
     order, losses = _shuffled(len(samples), seed), []
+    start = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -127,11 +138,14 @@ def train(
         for parameter in parameters:
             parameter.requires_grad_(False)
     curve = Curve(before, mean_loss(network, samples, probes), tuple(losses))
-    log.log(
-        logging.INFO if curve.after < before else logging.WARNING,
-        "%s: loss on %d calibration samples %.4g -> %.4g in %d updates%s",
-        what, len(probes), before, curve.after, updates, "" if curve.after < before else ": it did not fall, the parameters are kept as trained",
-    )  # fmt: skip
+    line = f"{what}: loss on {len(probes)} calibration samples {before:.4g} -> {curve.after:.4g} in {updates} updates"
+    if curve.after < before:
+        log.info(line)
+    else:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+        log.warning("%s: it did not fall, so the parameters stay as they were; lower learning_rate or raise the updates", line)
     return curve
 
 
