@@ -107,7 +107,7 @@ def comparison(path: Path, panels: Sequence[Panel], caption: str = "", crop: int
         caption: a line below, such as the clip and the frame number.
         crop: largest side in pixels; of a larger frame the square of this side with most detail in the first panel is shown.
         zoom: nearest-neighbour enlargement.
-        columns: panels in a row; more than that continue below.
+        columns: most panels in a row; more than that continue below, in rows as equal as can be.
     Raises:
         FigureError: no panels, or frames of different sizes.
     """
@@ -129,9 +129,10 @@ def comparison(path: Path, panels: Sequence[Panel], caption: str = "", crop: int
         notes.append("PSNR of the whole frame")
     # pixels; a page shows such a strip at half its size, so the letters are twice as large as in the other figures
     gap, text = 12, 68
-    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)  # eight panels are four and four, not five and three
     total_width = columns * (width * zoom + gap) + gap
-    total_height = math.ceil(len(panels) / columns) * (height * zoom + gap + text) + text // 2
+    total_height = rows * (height * zoom + gap + text) + text // 2
     plt = _pyplot()
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(total_width / DPI, total_height / DPI), facecolor="white")

@@ -81,11 +81,13 @@ def test_the_picture_of_five_small_frames_is_a_small_file(tmp_path: Path) -> Non
 
 
 def test_more_panels_continue_below(tmp_path: Path) -> None:
-    panels = [Panel(f"method {i}", frame(i), 20.0) for i in range(7)]
-    figures.comparison(tmp_path / "seven.png", panels)
+    panels = [Panel(f"method {i}", frame(i), 20.0) for i in range(8)]
+    figures.comparison(tmp_path / "eight.png", panels)
+    figures.comparison(tmp_path / "four.png", panels[:4])
     figures.comparison(tmp_path / "five.png", panels[:5])
-    seven, five = Image.open(tmp_path / "seven.png"), Image.open(tmp_path / "five.png")
-    assert seven.width == five.width and seven.height > 1.8 * five.height
+    eight, four, five = (Image.open(tmp_path / f"{name}.png") for name in ("eight", "four", "five"))
+    assert eight.width == four.width == five.width - 128 * 3 - 12
+    assert eight.height > 1.8 * four.height and four.height == five.height
 
 
 def test_the_same_bytes_twice(tmp_path: Path) -> None:
