@@ -45,6 +45,11 @@ def restore(project: Path, out: Path, *more: str, config: str = "results/config.
     [
         ("metric=[psnr]", ["config/tiny.yaml: unknown key metric", "did you mean metrics?"]),
         ("methods=[maxmim]", ["no method 'maxmim'; did you mean maxmin? known: bicubic, full_precision, maxmin, quantvsr"]),
+        (
+            "variants={rotation: {settings: {rotatoin: false}}}",
+            ["variants.rotation.settings: unknown key rotatoin", "did you mean rotation?"],
+        ),
+        ("variants={rotation: {method: quantvrs}}", ["variants.rotation.method: no method 'quantvrs'; did you mean quantvsr?"]),
         ("metrics=[psrn]", ["no metric 'psrn'; did you mean psnr? known: "]),
         ("bits=[W1A1]", ["bits 'W1A1' is not WxAy with x and y from 2 to 8"]),
         ("evaluate=[clip]", ["no dataset 'clip'; did you mean clips?"]),

@@ -11,23 +11,48 @@ from pathlib import Path
 
 import pytest
 
+from qvsr.quant import checkpoint
 from tests.workflow import tiny
 
-ROWS = {("bicubic", "W32A32"), ("full_precision", "W32A32"), ("maxmin", "W4A4"), ("quantvsr", "W4A4")}
+REFERENCES = {("ground_truth", "W32A32"), ("bicubic", "W32A32"), ("full_precision", "W32A32")}
+ROWS = {*REFERENCES, ("maxmin", "W4A4"), ("rotation", "W4A4"), ("quantvsr", "W4A4")}
 
 
 def test_tables_have_every_row_and_metric(finished):
     with (finished / "results" / "tables" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["method"], row["bits"]) for row in rows} == ROWS
-    assert {row["metric"] for row in rows} == {"psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"}
+    assert {row["metric"] for row in rows} == {"psnr", "ssim", "gmsd", "ssim_gradient", "ewarp_dis", "psnr_fp", "ssim_fp"}
     assert {(row["clips"], row["frames"]) for row in rows} == {("1", "3")}
     fidelity = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "psnr_fp"}
     assert fidelity["full_precision"] == float("inf")
     assert fidelity["maxmin"] < 100  # quantization must have changed something
+    assert len({fidelity[method] for method in ("maxmin", "rotation", "quantvsr")}) == 3
+    ideal = {row["metric"]: float(row["value"]) for row in rows if row["method"] == "ground_truth"}
+    assert (ideal["psnr"], ideal["ssim"], ideal["gmsd"]) == (float("inf"), pytest.approx(1), pytest.approx(0, abs=1e-6))
+    assert ideal["ssim_gradient"] == pytest.approx(1) and ideal["ewarp_dis"] > 0
+    assert not list((finished / "results" / "restored").glob("*/ground_truth*"))  # measured where it lies
     tables = {file.name for file in (finished / "results" / "tables").iterdir() if not file.name.startswith(".")}
     assert tables == {f"{table}.{form}" for table in ("metrics", "cost") for form in ("csv", "md", "tex")}
     assert (finished / "results" / "figures" / "comparison.png").stat().st_size > 1000
+
+
+def test_a_variant_is_its_method_with_other_settings(finished):
+    """Its checkpoint says both names; quantizing by the method itself with these settings gives the same network."""
+    own = checkpoint.read_header(finished / "results" / "quantized" / "rotation-W4A4.safetensors")
+    whole = checkpoint.read_header(finished / "results" / "quantized" / "quantvsr-W4A4.safetensors")
+    assert (own["method"], own["base"]) == ("rotation", "quantvsr") and (whole["method"], whole["base"]) == ("quantvsr", "quantvsr")
+    differ = {key for key, value in whole["spec"]["settings"].items() if own["spec"]["settings"][key] != value}
+    assert differ == {"branch", "refine", "lba"} and own["spec"] | {"settings": {}} == whole["spec"] | {"settings": {}}
+    with (finished / "results" / "tables" / "cost.csv").open() as file:
+        cost = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(cost["rotation"]["rank_mean"]) == 0 < float(cost["quantvsr"]["rank_mean"])
+    assert "\n- rotation: quantvsr with branch=false, lba=false, refine=false.\n" in (finished / "results/tables/metrics.md").read_text()
+    arguments = ["--config", "results/config.json", "--method", "quantvsr", "--bits", "W4A4", "--calibration", "results/calibration"]
+    changes = [f"--set=method.quantvsr.{key}=false" for key in sorted(differ)]
+    done = tiny.stage(finished, "quantize", *arguments, *changes, "--out", "other.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_header(finished / "other.safetensors")["content"] == own["content"]
 
 
 def test_nothing_is_left_to_do_and_nothing_is_left_over(finished):
@@ -82,7 +107,7 @@ def kill_and_resume(project: Path, config: str, results: str) -> str:
     seed = int(os.environ.get("QVSR_KILL_SEED", random.SystemRandom().randrange(2**32)))
     note = f"QVSR_KILL_SEED={seed}"
     draw = random.Random(seed)
-    jobs_done = sorted(draw.sample(range(12), 3))  # of 15 or 16: each kill comes this many jobs after the first start, and a moment later
+    jobs_done = sorted(draw.sample(range(12), 3))  # of 20 or so: each kill comes this many jobs after the first start, and a moment later
     orphans = draw.randrange(3)
     for kill in range(3):
         running = subprocess.Popen(

@@ -57,6 +57,8 @@ def test_an_edit_makes_its_stage_and_what_follows_stale(finished, file, stale):
         ("seed=43", {"calibrate", *AFTER_CALIBRATE}),
         ("sampling={steps: 4}", {"calibrate", *AFTER_CALIBRATE}),
         ("method={maxmin: {activations: static}}", {"quantize", *AFTER_QUANTIZE}),
+        ("variants={rotation: {settings: {channel_split: false}}}", {"quantize", *AFTER_QUANTIZE}),
+        ("variants={other: {method: maxmin}}", {"tables"}),
         ("metrics=[psnr, ssim]", AFTER_RESTORE),
         ("methods=[maxmin]", AFTER_MEASURE),
         ("bits=[W4A4, W8A8]", AFTER_CALIBRATE),  # the new bits only
@@ -78,6 +80,13 @@ def test_a_changed_source_makes_its_clip_stale(finished):
     finally:
         frame.write_bytes(before)
         os.utime(frame, ns=times)
+
+
+def test_a_changed_variant_leaves_every_other_row_alone(finished):
+    done = tiny.snakemake(finished, "--dry-run", "--config", "variants={rotation: {settings: {channel_split: false}}}")
+    outputs = re.findall(r"^ +output: (.+)$", done.stdout + done.stderr, flags=re.MULTILINE)
+    own = {"quantized/rotation-W4A4.safetensors", "restored/clips/rotation-W4A4/walk", "measured/clips/rotation-W4A4/walk.jsonl"}
+    assert {output.removeprefix("results/") for output in outputs} == {*own, "tables", "figures"}
 
 
 def test_new_bits_leave_the_old_ones_alone(finished):

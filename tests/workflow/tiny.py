@@ -61,6 +61,8 @@ CONFIG: dict[str, Any] = {
     "evaluate": ["clips"],
     "calibration": {"dataset": "calibration", "steps": 2, "samples": 4},
     "method": {"quantvsr": {"rank_min": 2, "rank_max": 4, "rank_multiple": 2, "refine_updates": 4, "lba_updates": 4}},
+    "variants": {"rotation": {"method": "quantvsr", "settings": {"branch": False, "refine": False, "lba": False}}},
+    "methods": ["maxmin", "rotation", "quantvsr"],
     "bits": ["W4A4"],
 }
 
