@@ -1,6 +1,8 @@
 """What is known of the small model's weights: learning curves, what each part does, and the shape of its activations.
 
-python scripts/mini_report.py             about ten minutes on one core; writes docs/mini and the two tables of docs/mini.md
+python scripts/mini_report.py             about ten minutes on one core; writes docs/mini and two tables of docs/mini.md
+python scripts/mini_report.py --study results/mini-quantization/tables/metrics.csv
+                                          the third table, after `snakemake --cores 2 --configfile config/mini-quantization.yaml`
 
 Two runs on one machine write the same bytes. Times are printed only, as a ratio to the full model of the same run.
 """
@@ -21,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # so that it runs from any folder, with nothing installed
 
+from tabulate import tabulate  # noqa: E402
 from update_readme import replace_between  # noqa: E402
 
 from qvsr.config import Config, SamplingSettings  # noqa: E402
 from qvsr.data.datasets import build_clip, clip_names  # noqa: E402
+from qvsr.plan import UNQUANTIZED_BITS  # noqa: E402
 
 if TYPE_CHECKING:  # torch and pandas load when the numbers of threads are set
     from pandas import DataFrame
@@ -461,12 +465,40 @@ def write(table: DataFrame, file: Path) -> DataFrame:
     return pd.read_csv(file)
 
 
+# --- study ------------------------------------------------------------------------------------------------------------
+
+
+def study(file: Path) -> DataFrame:
+    """What a run's metrics.csv says of its quantized rows: method, bits, metric, value and its interval over clips."""
+    import pandas
+
+    table = pandas.read_csv(file)
+    return table[table["bits"] != UNQUANTIZED_BITS][["method", "bits", "metric", "value", "low", "high"]]
+
+
+def study_markdown(table: DataFrame) -> str:
+    """A line per method and a column per bit width, `psnr_fp / psnr`, in the order of the run."""
+    methods, bits = (list(dict.fromkeys(table[key])) for key in ("method", "bits"))
+    values = table.set_index(["metric", "method", "bits"])["value"]
+    rows = [
+        [method, *(f"{values['psnr_fp', method, width]:.2f} / {values['psnr', method, width]:.2f}" for width in bits)] for method in methods
+    ]
+    return str(tabulate(rows, headers=["psnr_fp / psnr (dB)", *bits], tablefmt="pipe", disable_numparse=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "config" / "default.yaml")
     parser.add_argument("--curves", type=Path, default=ROOT / "docs" / "mini", help="folder of the learning curves, STAGE.csv")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "mini")
+    parser.add_argument("--study", type=Path, help="metrics.csv of config/mini-quantization.yaml: only the table of methods and bits")
     chosen = parser.parse_args(arguments)
+    if chosen.study is not None:
+        table = write(study(chosen.study), chosen.out / "quantization.csv")
+        print(study_markdown(table))
+        if chosen.out.resolve() == (ROOT / "docs" / "mini").resolve():
+            replace_between(ROOT / "docs" / "mini.md", "quantization", study_markdown(table))
+        return
 
     from qvsr.cli import compute, settings
 

@@ -231,3 +231,21 @@ def test_the_committed_table_has_every_row() -> None:
 
     rows = pd.read_csv(ROOT / "docs" / "mini" / "ablation.csv")["row"].tolist()
     assert rows[3:] == [variant.name for variant in NAMES["variants"](load(ROOT / "config" / "default.yaml"))]
+
+
+def test_the_study_is_a_line_a_method_and_a_column_a_width(tmp_path: Path) -> None:
+    rows = [
+        f"m,d,{method},{bits},simulated,{metric},{value},0,0,8,80,s"
+        for method, bits, value in (("full_precision", "W32A32", 9), ("maxmin", "W8A8", 44.25), ("maxmin", "W4A4", 23.4))
+        for metric in ("psnr", "psnr_fp")
+    ]
+    head = "backbone,dataset,method,bits,execution,metric,value,low,high,clips,frames,signature"
+    (tmp_path / "metrics.csv").write_text("\n".join([head, *rows]) + "\n")
+    printed = run(tmp_path, str(SCRIPT), "--study", "metrics.csv", "--out", ".")
+    assert "| maxmin                | 44.25 / 44.25 | 23.40 / 23.40 |" in printed
+    assert "W32A32" not in printed and "full_precision" not in (tmp_path / "quantization.csv").read_text()
+
+
+def test_the_committed_study_is_the_one_shown() -> None:
+    table = pd.read_csv(ROOT / "docs" / "mini" / "quantization.csv")
+    assert NAMES["study_markdown"](table) in (ROOT / "docs" / "mini.md").read_text()
