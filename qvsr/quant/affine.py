@@ -39,6 +39,25 @@ def tensor_range(x: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
+def vector_range(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum along one axis, which is kept with size 1: of each token or pixel over its channels."""
+    return x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+
+
+def symmetric_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The range around ``low … high`` whose zero point is 2^(bits-1), the middle of the integers (QuaRot, arXiv 2404.00456).
+
+    The largest magnitude m lies on the outermost positive level: the scale is ``m / (2^(bits-1) - 1)``, and one level more lies below 0.
+
+    >>> low, high = symmetric_range(torch.tensor(-7.0), torch.tensor(3.0), 4)
+    >>> [value.item() for value in (low, high, *qparams(low, high, 4))]
+    [-8.0, 7.0, 1.0, 8.0]
+    """
+    half = 2.0 ** (bits - 1)
+    top = torch.maximum(high, -low)
+    return -top * (half / (half - 1)), top
+
+
 def qparams(low: Tensor, high: Tensor, bits: int, floor: float = SCALE_FLOOR, clamp_zero_point: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero point that map ``low … high`` to ``0 … 2^bits - 1``.
 
@@ -95,11 +114,16 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
 
 
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, overwrite: bool = False) -> Tensor:
-    """:func:`fake_quantize` without gradients, for one quantizer over the whole tensor; `overwrite` reuses the memory of `x`.
+    """:func:`fake_quantize` without gradients; `overwrite` reuses the memory of `x`.
 
-    ``clamp(round(x/s) + z, 0, n) - z`` equals ``clamp(round(x/s), -z, n - z)`` because all of them are whole numbers; the bounds
-    are passed as Python numbers, with which `clamp` is four times as fast on a CPU.
+    ``clamp(round(x/s) + z, 0, n) - z`` equals ``clamp(round(x/s), -z, n - z)`` because all of them are whole numbers; the bounds of one
+    quantizer over the whole tensor are passed as Python numbers, with which `clamp` is four times as fast on a CPU.
     """
-    offset = float(zero_point)
     q = x.div_(scale) if overwrite else x.div(scale)
-    return q.round_().clamp_(-offset, levels(bits) - offset).mul_(scale)
+    q.round_()
+    if zero_point.numel() == 1:
+        offset = float(zero_point)
+        q.clamp_(-offset, levels(bits) - offset)
+    else:
+        q.clamp_(-zero_point, levels(bits) - zero_point)
+    return q.mul_(scale)

@@ -3,8 +3,9 @@
     y = low_bit(T(x)) + L1 L2 x' + bias,     x' = x / smooth
 
 T divides the input by the smoothing scale, cuts its channels into parts, rotates each part and rounds it with its own activation
-quantizer (dynamic, or static with a table by timestep). The low-bit weight is the weight less L1 L2, transformed alike, with a scale
-and a zero point per output channel and part. The branch L1 L2 sees the unrotated, unrounded x' and runs as two thin layers.
+quantizer (dynamic per tensor, frame or token, or static with a table by timestep). The low-bit weight is the weight less L1 L2,
+transformed alike, with a scale and a zero point per output channel and part: groups of 64 input channels are parts of 64. The branch
+L1 L2 sees the unrotated, unrounded x' and runs as two thin layers.
 
 A layer is *open* while a method works on it: it holds the floating-point weight, and L1, L2 can be trained through the rounding
 (ranges stay as they were first measured, as published). `freeze` turns it into integers for good. Execution here is *simulated*:
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 
 from qvsr.quant import affine, low_rank
 from qvsr.quant.rotation import can_rotate, random_signs, rotation_from_signs
+from qvsr.registry import suggest
 
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "Linear", nn.Conv1d: "Conv1d", nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d"}
 EXECUTIONS = ("simulated",)
+GRANULARITIES = ("tensor", "frame", "token")
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -82,6 +85,11 @@ class LayerPlan:
         rotate: rotate each part whose size has a Hadamard matrix.
         rank: of the low-rank branch; 0: no branch.
         scale_floor: smallest scale of all quantizers of the layer.
+        act_granularity: what shares one dynamic activation range, in each part of its own: the `tensor`; a `frame`, which is a row of axis 0
+            (a convolution's frame; a clip for Conv3d, whose kernel mixes frames; a pixel's frames in temporal attention); or a `token`, which
+            is the channels of a Linear layer's token or of a 1x1 convolution's pixel. A larger kernel sums over pixels, whose different scales
+            no integer sum can carry: there `token` falls back to `frame`.
+        weight_symmetric, act_symmetric: ranges symmetric about 0 (:func:`qvsr.quant.affine.symmetric_range`) instead of minimum to maximum.
     """
 
     weight_bits: int
@@ -90,6 +98,9 @@ class LayerPlan:
     rotate: bool = False
     rank: int = 0
     scale_floor: float = affine.SCALE_FLOOR
+    act_granularity: str = "tensor"
+    weight_symmetric: bool = False
+    act_symmetric: bool = False
 
 
 @dataclass
@@ -120,6 +131,9 @@ class QuantLayer(nn.Module):
         for bits in (plan.weight_bits, plan.act_bits):
             affine.levels(bits)
         self.weight_bits, self.act_bits, self.rank, self.scale_floor = plan.weight_bits, plan.act_bits, plan.rank, plan.scale_floor
+        if plan.act_granularity not in GRANULARITIES:
+            raise QuantError(f"{name}: {suggest('act_granularity', plan.act_granularity, GRANULARITIES)}")
+        self.act_granularity, self.weight_symmetric, self.act_symmetric = plan.act_granularity, plan.weight_symmetric, plan.act_symmetric
         self.rotated: tuple[bool, ...] = tuple(plan.rotate and can_rotate(size) for size in self.parts)
         self.execution = "simulated"
         self.timestep = Timestep()
@@ -192,6 +206,8 @@ class QuantLayer(nn.Module):
 
     def set_weight_ranges(self, ranges: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Scales and zero points from the minimum and maximum of each output channel, one pair of ``(N, 1, …)`` a part."""
+        if self.weight_symmetric:
+            ranges = [affine.symmetric_range(low, high, self.weight_bits) for low, high in ranges]
         pairs = [affine.qparams(low.reshape(-1), high.reshape(-1), self.weight_bits, self.scale_floor) for low, high in ranges]
         self.weight_scale = torch.stack([scale for scale, _ in pairs], 1)
         self.weight_zero_point = torch.stack([zero for _, zero in pairs], 1)
@@ -209,7 +225,9 @@ class QuantLayer(nn.Module):
             raise QuantError(
                 f"{self.name}: a table {tuple(low.shape)} does not fit {len(self.parts)} parts and rising timesteps {list(timesteps)}"
             )
-        self.act_scale, self.act_zero_point = affine.qparams(low, high, self.act_bits, self.scale_floor)
+        if self.act_granularity != "tensor":
+            raise QuantError(f"{self.name}: static activation ranges are per tensor, its plan says per {self.act_granularity}")
+        self.act_scale, self.act_zero_point = self._act_grid(low, high)
         self.act_timesteps = tuple(timesteps)
 
     def _draw_rotations(self, signs: list[Tensor]) -> None:
@@ -234,6 +252,12 @@ class QuantLayer(nn.Module):
         return self.geometry.kind == "Linear"
 
     @property
+    def act_granularity_used(self) -> str:
+        """The plan's granularity, or what it falls back to in this layer; see :class:`LayerPlan`."""
+        mixes_pixels = any(size > 1 for size in self.geometry.kernel)
+        return "frame" if self.act_granularity == "token" and mixes_pixels else self.act_granularity
+
+    @property
     def is_open(self) -> bool:
         """Whether the floating-point weight is still there."""
         return self.weight is not None
@@ -250,7 +274,8 @@ class QuantLayer(nn.Module):
 
     def _linear(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.geometry.in_channels)
-        inputs, weights, bias = self.quantized_inputs(rows), self.quantized_weights(), self.bias
+        inputs = self.quantized_inputs(x if self.act_granularity == "frame" else rows)
+        inputs, weights, bias = [part.reshape(-1, part.shape[-1]) for part in inputs], self.quantized_weights(), self.bias
         y = F.linear(inputs[0], weights[0], bias)
         for part, weight in zip(inputs[1:], weights[1:], strict=True):
             y.addmm_(part, weight.T)
@@ -313,6 +338,15 @@ class QuantLayer(nn.Module):
         with torch.no_grad():
             return affine.quantize(self._residual(), *self._weight_grid(), self.weight_bits)
 
+    @torch.no_grad()
+    def rounding(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What an open layer rounds and its grid: the smoothed, rotated weight less the branch, scales and zero points, each ``(N, K·taps)``."""
+        if not self.is_open:
+            raise QuantError(f"{self.name}: it is frozen, its floating-point weight is gone")
+        weight = self._residual()
+        scale, zero_point = (values.expand_as(weight).flatten(1) for values in self._weight_grid())
+        return weight.flatten(1), scale, zero_point
+
     def input_parts(self, x: Tensor) -> list[Tensor]:
         """The smoothed and rotated parts of an input before rounding: what an activation range is measured on."""
         if self.smooth is not None:
@@ -321,7 +355,22 @@ class QuantLayer(nn.Module):
 
     def freeze(self) -> None:
         """Integers for good: the floating-point weight is dropped. L1, L2 keep their values and are no longer trained."""
-        self.weight_q = self.integers()
+        self.set_integers(self.integers())
+
+    def set_integers(self, integers: Tensor) -> None:
+        """:meth:`freeze` with integers of the method's own choice instead of the nearest; scales and zero points stay.
+
+        Args:
+            integers: uint8 ``(N, K, *kernel)``, 0 to 2^bits - 1, on the grid of :meth:`rounding`.
+        Raises:
+            QuantError: another shape or type, or an integer beyond the bits.
+        """
+        if integers.dtype != torch.uint8 or tuple(integers.shape) != self.geometry.weight_shape:
+            found = f"{integers.dtype} {tuple(integers.shape)}"
+            raise QuantError(f"{self.name}: integers are {found}, uint8 {self.geometry.weight_shape} is needed")
+        if int(integers.max()) > affine.levels(self.weight_bits):
+            raise QuantError(f"{self.name}: integer {int(integers.max())} is beyond {self.weight_bits} bits")
+        self.weight_q = integers
         self.weight = self._rotated_weight = self._cache = self._grid = None
         for parameter in (self.up, self.down):
             if parameter is not None:
@@ -348,7 +397,7 @@ class QuantLayer(nn.Module):
 
     def _act_qparams(self, piece: Tensor, part: int) -> tuple[Tensor, Tensor]:
         if self.act_scale is None or self.act_zero_point is None:
-            return affine.qparams(*affine.tensor_range(piece.detach()), self.act_bits, self.scale_floor)
+            return self._act_grid(*self._act_range(piece.detach()))
         row = 0
         if len(self.act_timesteps) > 1:
             now = self.timestep.value
@@ -358,6 +407,19 @@ class QuantLayer(nn.Module):
                 )
             row = next((index for index, bound in enumerate(self.act_timesteps) if now <= bound), len(self.act_timesteps) - 1)
         return self.act_scale[row, part], self.act_zero_point[row, part]
+
+    def _act_range(self, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of what shares a range, shaped to broadcast over the piece."""
+        if self.act_granularity_used == "tensor":
+            return affine.tensor_range(piece)
+        if self.act_granularity_used == "frame":
+            return affine.channel_range(piece)  # whatever axis 0 is
+        return affine.vector_range(piece, -1 if self.is_linear else 1)
+
+    def _act_grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.act_symmetric:
+            low, high = affine.symmetric_range(low, high, self.act_bits)
+        return affine.qparams(low, high, self.act_bits, self.scale_floor)
 
     def _residual(self) -> Tensor:
         """Rotated weight less the rotated branch: ``R(W) - L1 R(L2)``, the same as rotating the difference and much cheaper to train."""
@@ -412,6 +474,10 @@ class QuantLayer(nn.Module):
             "rotated": list(self.rotated),
             "rank": self.rank,
             "scale_floor": self.scale_floor,
+            "act_granularity": self.act_granularity,
+            "act_granularity_used": self.act_granularity_used,
+            "weight_symmetric": self.weight_symmetric,
+            "act_symmetric": self.act_symmetric,
             "activations": "dynamic" if self.act_scale is None else "static",
             "act_timesteps": list(self.act_timesteps),
         }
@@ -441,8 +507,16 @@ class QuantLayer(nn.Module):
             raise QuantError(
                 f"{name}: stored as {facts['kind']} {tuple(facts['shape'])}, the network has {geometry.kind} {geometry.weight_shape}"
             )
+        # a checkpoint from before the last three existed has none of them
+        later = {key: facts[key] for key in ("act_granularity", "weight_symmetric", "act_symmetric") if key in facts}
         plan = LayerPlan(
-            facts["weight_bits"], facts["act_bits"], tuple(facts["parts"]), any(facts["rotated"]), facts["rank"], facts["scale_floor"]
+            facts["weight_bits"],
+            facts["act_bits"],
+            tuple(facts["parts"]),
+            any(facts["rotated"]),
+            facts["rank"],
+            facts["scale_floor"],
+            **later,
         )
         layer = cls(geometry, plan, name)
         layer.weight_q, layer.weight_scale, layer.weight_zero_point = (

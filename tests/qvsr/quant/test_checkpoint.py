@@ -20,11 +20,12 @@ EXCLUDE = ("time_embed.0", "head", "out")
 def quantized(bits: int = 4, width: int = 16, **options: object) -> tiny.Net:
     net = tiny.network(width)
     static = bool(options.pop("static", False))
+    fields = {key: options[key] for key in ("act_granularity", "weight_symmetric", "act_symmetric") if key in options}
 
     def make(name: str, module: torch.nn.Module) -> QuantLayer:
         parts = halves(module.weight.shape[1])
         layer = QuantLayer.from_float(
-            module, LayerPlan(bits, bits, parts, bool(options.get("rotate", True)), int(options.get("rank", 3))), name
+            module, LayerPlan(bits, bits, parts, bool(options.get("rotate", True)), int(options.get("rank", 3)), **fields), name
         )  # type: ignore[call-overload]
         if static:
             layer.set_static_activations(
@@ -52,13 +53,50 @@ def test_same_output_to_the_bit(tmp_path: Path, bits: int) -> None:
         assert all(torch.equal(tensor, again.state()[role]) for role, tensor in layer.state().items())
 
 
-@pytest.mark.parametrize("options", [{"static": True}, {"rotate": False}, {"rank": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static": True},
+        {"rotate": False},
+        {"rank": 0},
+        {"act_granularity": "frame"},
+        {"act_granularity": "token", "act_symmetric": True, "weight_symmetric": True},
+    ],
+    ids=str,
+)
 def test_every_field_comes_back(tmp_path: Path, options: dict[str, object]) -> None:
     net = quantized(**options)
     checkpoint.save(net, tmp_path / "q.safetensors", HEADER)
     loaded = checkpoint.load(tmp_path / "q.safetensors", tiny.network())
     for call in tiny.calls(tiny.network(), 3):
         assert torch.equal(tiny.run(loaded, call), tiny.run(net, call))
+
+
+def test_chosen_integers_come_back(tmp_path: Path) -> None:
+    net = tiny.network()
+
+    def make(name: str, module: torch.nn.Module) -> QuantLayer:
+        layer = QuantLayer.from_float(module, LayerPlan(4, 4), name)
+        layer.set_integers(15 - layer.integers())
+        return layer
+
+    chosen = {name: layer.integers() for name, layer in apply.quantize_layers(net, EXCLUDE, make).items()}
+    apply.freeze(net)
+    checkpoint.save(net, tmp_path / "q.safetensors", HEADER)
+    loaded = apply.quant_layers(checkpoint.load(tmp_path / "q.safetensors", tiny.network()))
+    assert all(torch.equal(loaded[name].integers(), integers) for name, integers in chosen.items())
+
+
+def test_a_checkpoint_from_before_the_granularity_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = quantized()
+    full = QuantLayer.describe
+    new = ("act_granularity", "act_granularity_used", "weight_symmetric", "act_symmetric")
+    monkeypatch.setattr(QuantLayer, "describe", lambda self: {key: value for key, value in full(self).items() if key not in new})
+    checkpoint.save(net, tmp_path / "q.safetensors", HEADER)
+    monkeypatch.undo()
+    loaded = checkpoint.load(tmp_path / "q.safetensors", tiny.network())
+    call = tiny.calls(tiny.network(), 1)[0]
+    assert torch.equal(tiny.run(loaded, call), tiny.run(net, call))
 
 
 def test_given_rotations_and_smoothing_come_back(tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def test_a_plan_costs_what_the_quantized_model_costs(rank: int, split: bool, rot
     assert cost.count(quantized, *inputs) == planned  # integers instead of floats: the same cost
 
 
+def test_granularity_and_symmetry_store_nothing_more() -> None:
+    network = nn.Sequential(nn.Linear(8, 6))
+    counted = []
+    for fields in ({}, {"act_granularity": "frame"}, {"act_granularity": "token", "weight_symmetric": True, "act_symmetric": True}):
+        layer = QuantLayer.from_float(network[0], LayerPlan(4, 4, (4, 4), True, **fields))
+        counted.append(cost.count(nn.Sequential(layer), torch.zeros(5, 8)))
+    assert counted[0] == counted[1] == counted[2] and counted[0].layers[0].side_bits == 2 * 32 * 6 * 2 + 8 * 8
+
+
 def test_both_countings_by_hand() -> None:
     """A 3x3 convolution 8 -> 16 with bias on 4x4 pixels, W4A8, rank 2, two rotated halves; beside it a norm with 16 parameters."""
     layer = cost.LayerFact("conv", "Conv2d", (16, 8, 3, 3), 16, 16, 16, 4, 8, rank=2, rotated=(4, 4), side_bits=2 * 32 * 16 * 2 + 8 * 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,6 +134,106 @@ def test_static_ranges_follow_the_timestep() -> None:
     layer.timestep = Timestep()
     with pytest.raises(QuantError, match="ranges depend on the timestep, and none was set"), torch.no_grad():
         layer(x)
+
+
+def grid_by_hand(x: Tensor, axes: tuple[int, ...], bits: int, symmetric: bool) -> Tensor:
+    """Rounding in float64 with one range over `axes`, as a table of levels from which the nearest is taken."""
+    x = x.double()
+    low, high = x.amin(axes, True), x.amax(axes, True)
+    if symmetric:
+        step = torch.maximum(high, -low) / (2 ** (bits - 1) - 1)
+        first = torch.full_like(step, -(2 ** (bits - 1)))
+    else:
+        step = (high - low) / (2**bits - 1)
+        first = torch.round(low / step)
+    levels = (first[..., None] + torch.arange(2**bits)) * step[..., None]
+    return levels.expand(*x.shape, -1).gather(-1, (levels - x[..., None]).abs().argmin(-1, True))[..., 0]
+
+
+@each_module
+@pytest.mark.parametrize("granularity", ["tensor", "frame", "token"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_activation_ranges_by_granularity(name: str, granularity: str, symmetric: bool) -> None:
+    """Three parts of 8 channels, each with ranges of its own, against levels written out in float64; rows differ a hundredfold in size."""
+    module, x = module_and_input(name)
+    x = (
+        x
+        * torch.logspace(-1, 1, x.shape[0]).view(-1, *(1,) * (x.dim() - 1))
+        * torch.logspace(0, 1, 3).repeat_interleave(8).view((-1,) if isinstance(module, nn.Linear) else (-1, *(1,) * (x.dim() - 2)))
+    )
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, (8, 8, 8), act_granularity=granularity, act_symmetric=symmetric), name)
+    channel = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+    used = "frame" if granularity == "token" and name not in ("linear", "linear_nobias", "conv2d_1x1") else granularity
+    axes = {"tensor": tuple(range(x.dim())), "frame": tuple(range(1, x.dim())), "token": (channel,)}[used]
+    assert layer.describe()["act_granularity"] == granularity and layer.describe()["act_granularity_used"] == used
+    found = layer.quantized_inputs(x)
+    for part, piece in enumerate(x.split(8, channel)):
+        expected = grid_by_hand(piece, axes, 4, symmetric)
+        off = (found[part] - expected).abs() > 1e-4 * piece.abs().max()
+        assert off.float().mean() < 0.01  # a value within float rounding of a half may round either way
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(layer.quantized_inputs(x), found, strict=True)), "with and without gradients alike"
+        dense = copy.deepcopy(module)
+        dense.weight.copy_(torch.cat(layer.quantized_weights(), 1))
+        assert torch.allclose(layer(x), dense(torch.cat(found, channel)), atol=1e-5 * x.abs().max())
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d_1x1"])
+def test_finer_ranges_are_closer_and_all_forms_agree(name: str) -> None:
+    module, x = module_and_input(name)
+    x = x * torch.logspace(-1, 1, x.shape[0]).view(-1, *(1,) * (x.dim() - 1))
+    errors = []
+    for granularity in ("tensor", "frame", "token"):
+        layer = QuantLayer.from_float(module, LayerPlan(8, 4, rotate=True, rank=2, act_granularity=granularity), name)
+        with torch.no_grad():
+            errors.append(((layer(x) - module(x)) / x.flatten(1).std(1).view(-1, *(1,) * (x.dim() - 1))).pow(2).mean().item())
+        open_form = layer(x.requires_grad_(True))
+        (gradient,) = torch.autograd.grad(layer.quantized_inputs(x)[0].sum(), x)
+        assert gradient.abs().sum() > 0
+        layer.freeze()
+        x = x.detach()
+        with torch.no_grad():
+            assert torch.allclose(layer(x), open_form, atol=1e-4 * open_form.abs().max().item())
+    assert errors[0] > 2 * errors[1] and errors[1] >= errors[2]
+
+
+def test_symmetric_weights_are_those_of_a_signed_quantizer() -> None:
+    """Signed integers -8 … 7 times absmax/7, as QuaRot writes it, in float64."""
+    module, _ = module_and_input("conv2d")
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, (8, 16), weight_symmetric=True))
+    assert (layer.weight_zero_point == 8).all()
+    for part, weight in zip(layer.quantized_weights()[0].split((8, 16), 1), module.weight.double().split((8, 16), 1), strict=True):
+        scale = weight.abs().amax((1, 2, 3), True) / 7
+        expected = torch.clamp(torch.round(weight / scale), -8, 7) * scale
+        assert ((part - expected).abs() > 1e-6).float().mean() < 0.002  # a tie within float rounding
+
+
+def test_given_integers_are_the_weight() -> None:
+    module, _ = module_and_input("conv2d")
+    layer = QuantLayer.from_float(module, LayerPlan(3, 8, halves(24)))
+    weight, scale, zero_point = layer.rounding()
+    nearest = layer.integers()
+    chosen = torch.randint(0, 8, nearest.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(affine.quantize(weight, scale, zero_point, 3).view_as(nearest), nearest)
+    layer.set_integers(chosen)
+    layer.freeze()
+    assert torch.equal(layer.integers(), chosen) and not layer.is_open
+    with torch.no_grad():
+        assert torch.equal(layer.quantized_weights()[0].flatten(1), (chosen.flatten(1).float() - zero_point) * scale)
+    with pytest.raises(QuantError, match="layer: it is frozen, its floating-point weight is gone"):
+        layer.rounding()
+    with pytest.raises(QuantError, match="layer: integer 9 is beyond 3 bits"):
+        layer.set_integers(torch.full_like(chosen, 9))
+    with pytest.raises(QuantError, match=r"integers are torch.uint8 \(10, 24\), uint8 \(10, 24, 3, 3\) is needed"):
+        layer.set_integers(chosen[..., 0, 0])
+
+
+def test_static_ranges_are_per_tensor_and_granularities_are_known() -> None:
+    layer = QuantLayer.from_float(nn.Linear(4, 4), LayerPlan(8, 8, act_granularity="token"), "a.b")
+    with pytest.raises(QuantError, match=r"a\.b: static activation ranges are per tensor, its plan says per token"):
+        layer.set_static_activations(torch.zeros(1, 1), torch.ones(1, 1))
+    with pytest.raises(QuantError, match="no act_granularity 'tokens'; did you mean token"):
+        QuantLayer.from_float(nn.Linear(4, 4), LayerPlan(8, 8, act_granularity="tokens"))
 
 
 def test_correction_is_folded_into_the_bias() -> None:
