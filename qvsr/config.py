@@ -236,6 +236,21 @@ class MaxMinSettings(Settings):
     ema: float = Field(0.95, gt=0, lt=1, description="decay of the static activation range over calibration batches")
 
 
+class QuaRotSettings(Settings):
+    """Rotate, then round (arXiv 2404.00456)."""
+
+    weights: Literal["rtn", "gptq"] = Field("rtn", description="weights to nearest, or by GPTQ on the calibration samples")
+    granularity: Literal["shared", "native"] = Field(
+        "shared",
+        description="activation ranges per tensor as the other methods' (shared), or per token, before larger kernels per frame (native)",
+    )
+    symmetric: bool = Field(True, description="grids symmetric about 0, as published; else from minimum to maximum")
+    rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
+    gptq_damp: float = Field(0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it")
+    gptq_act_order: bool = Field(False, description="round the columns of the largest inputs first")
+    gptq_rows: int = Field(4096, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+
+
 class MethodSettings(Settings):
     """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
 
@@ -243,6 +258,7 @@ class MethodSettings(Settings):
         ("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix"
     )
     maxmin: MaxMinSettings = MaxMinSettings()
+    quarot: QuaRotSettings = QuaRotSettings()
     quantvsr: QuantVSRSettings = QuantVSRSettings()
 
 
