@@ -248,7 +248,7 @@ class QuaRotSettings(Settings):
     rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
     gptq_damp: float = Field(0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it")
     gptq_act_order: bool = Field(False, description="round the columns of the largest inputs first")
-    gptq_rows: int = Field(4096, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+    gptq_rows: int = Field(1024, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
 
 
 class MethodSettings(Settings):
