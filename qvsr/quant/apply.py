@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.layer import EXECUTIONS, KINDS, QuantError, QuantLayer, Timestep
 from qvsr.registry import suggest
 
@@ -83,8 +84,12 @@ def freeze(network: nn.Module) -> None:
 
 
 def follow_timesteps(network: nn.Module) -> None:
-    """Let layers with a table by timestep know the timestep: the second argument of the network, all of whose entries must agree."""
-    tables = [layer for layer in quant_layers(network).values() if len(layer.act_timesteps) > 1]
+    """Let layers with a table or forms by timestep know the timestep: the second argument of the network, all of whose entries must agree."""
+    tables = [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, ByTimestep) or (isinstance(layer, QuantLayer) and len(layer.act_timesteps) > 1)
+    ]
     if not tables:
         return
     shared = Timestep()

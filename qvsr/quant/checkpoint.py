@@ -4,8 +4,11 @@ Per layer ``NAME.ROLE`` with the roles of :meth:`qvsr.quant.layer.QuantLayer.sta
 (:mod:`qvsr.kernels.packing`), `zero_point` in the smallest integer type that holds it, `signs` of the rotations as bits (the matrices follow
 from them), the rest in float32. Layers that were not quantized are not in the file: they belong to the backbone, whose digest is.
 
+A layer with forms by timestep (:class:`qvsr.quant.by_timestep.ByTimestep`) is in the file once a form, as ``NAME.rows.0``, ``NAME.rows.1``, …
+
 The header is one JSON text under the key ``qvsr``: what the caller gave (method, bits, settings, digests, seed), what the method noted
-(losses), the facts of each layer, a digest of the content. It holds no time and no path, so the same run gives the same bytes.
+(losses), the facts of each layer, a digest of the content, the timesteps of layers with several forms. It holds no time and no path, so
+the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from qvsr.kernels.packing import pack, unpack
 from qvsr.provenance import atomic_path
 from qvsr.quant import apply
+from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.layer import Geometry, QuantError, QuantLayer
 
 FORMAT = 1
@@ -57,7 +61,10 @@ def save(unet: nn.Module, path: str | Path, header: dict[str, Any]) -> None:
     tensors = {f"{name}.{role}": tensor for name, layer in layers.items() for role, tensor in _encode(layer).items()}
     facts = {name: layer.describe() for name, layer in layers.items()}
     noted = apply.record(unet)
+    forms = {name: list(module.bounds) for name, module in unet.named_modules() if isinstance(module, ByTimestep)}
     full = {**header, **noted, "noted": sorted(noted), "format": FORMAT, "layers": facts, "content": _content_digest(tensors)}
+    if forms:
+        full["by_timestep"] = forms
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {KEY: json.dumps(full, sort_keys=True)})
 
@@ -96,6 +103,8 @@ def load(path: str | Path, unet: nn.Module) -> nn.Module:
     for key, tensor in tensors.items():
         name = next(name for name in (key.rsplit(".", dots)[0] for dots in (1, 2)) if name in by_layer)
         by_layer[name][key.removeprefix(name + ".")] = tensor
+    for name, bounds in header.get("by_timestep", {}).items():
+        apply.replace(unet, name, ByTimestep([unet.get_submodule(name)] * len(bounds), bounds, name))
     for name, facts in header["layers"].items():
         apply.replace(unet, name, _decode(Geometry.of(unet.get_submodule(name), name), facts, by_layer[name], name))
     apply.note(unet, **{key: header[key] for key in header["noted"]})

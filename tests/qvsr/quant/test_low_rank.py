@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvsr.quant.low_rank import product, rank_limit, svd_init
+from qvsr.quant.low_rank import gram_init, product, rank_limit, svd_init
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (8, 6, 3, 3), (6, 4, 3, 1, 1), (6, 5, 3)])
@@ -24,3 +24,15 @@ def test_best_approximation(shape: tuple[int, ...]) -> None:
 def test_rank_above_the_limit_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank {rank} is not between 1 and 6, the limit of a weight \(6, 8\)"):
         svd_init(torch.randn(6, 8), rank)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 4, 3, 3), (40, 4, 3)])
+def test_the_gram_matrix_gives_the_same_product(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    l1, l2 = gram_init(weight, 4)
+    assert l1.shape == (shape[0], 4) and l2.shape == (4, *shape[1:]) and l1.dtype == l2.dtype == torch.float32
+    u, s, vt = np.linalg.svd(weight.double().flatten(1).numpy(), full_matrices=False)
+    expected = (u[:, :4] * s[:4]) @ vt[:4]
+    np.testing.assert_allclose(product(l1, l2).flatten(1).numpy(), expected, atol=1e-5)  # float32 factors
+    with pytest.raises(ValueError, match="rank 99 is not between 1 and"):
+        gram_init(weight, 99)
