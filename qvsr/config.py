@@ -251,6 +251,23 @@ class QuaRotSettings(Settings):
     gptq_rows: int = Field(1024, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
 
 
+class SVDQuantSettings(Settings):
+    """SVDQuant (arXiv 2411.05007)."""
+
+    granularity: Literal["shared", "native"] = Field(
+        "shared",
+        description="shared: asymmetric weights per output channel, activations per tensor; "
+        "native: symmetric weights and per-token activations in groups of input channels",
+    )
+    group_size: int = Field(64, ge=1, description="input channels of a group at native granularity; the last group may be smaller")
+    rank: int = Field(32, ge=1, description="of every branch; a layer gets no more than its weight can have")
+    smooth: bool = Field(True, description="search the smoothing factors of each layer; else none")
+    iterations: int = Field(100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them")
+    weights: Literal["rtn", "gptq"] = Field("rtn", description="what the branch leaves to nearest, or by GPTQ on the calibration samples")
+    gptq_rows: int = Field(4096, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+    samples: int = Field(128, ge=1, description="calibration samples that the searches measure a layer's output on, evenly spaced")
+
+
 class MethodSettings(Settings):
     """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
 
@@ -260,6 +277,7 @@ class MethodSettings(Settings):
     maxmin: MaxMinSettings = MaxMinSettings()
     quarot: QuaRotSettings = QuaRotSettings()
     quantvsr: QuantVSRSettings = QuantVSRSettings()
+    svdquant: SVDQuantSettings = SVDQuantSettings()
 
 
 class VariantSettings(Settings):
