@@ -268,6 +268,32 @@ class SVDQuantSettings(Settings):
     samples: int = Field(128, ge=1, description="calibration samples that the searches measure a layer's output on, evenly spaced")
 
 
+class ViDiTQSettings(Settings):
+    """ViDiT-Q (arXiv 2406.02540)."""
+
+    granularity: Literal["shared", "native"] = Field(
+        "shared", description="shared: activations per tensor; native: per token or frame (native_activations)"
+    )
+    native_activations: Literal["token", "frame"] = Field(
+        "token", description="what has an activation range of its own at native granularity; larger kernels than 1x1 take frames"
+    )
+    balance: bool = Field(True, description="static channel balance: scale the input channels")
+    alpha: float = Field(0.5, ge=0, le=1, description="balance multiplies the input by wmax^alpha / amax^(1-alpha)")
+    rotation: bool = Field(True, description="dynamic channel balance: Hadamard rotation of the scaled input")
+    timestep_bounds: tuple[int, ...] = Field(
+        (), description="upper bounds of timestep groups with a balance, hence integer weights, of their own; the 2024 code has [500, 1000]"
+    )
+    ema: float = Field(0.95, gt=0, lt=1, description="decay of the channels' ranges over calibration samples")
+
+    @model_validator(mode="after")
+    def _bounds_rise(self) -> ViDiTQSettings:
+        if list(self.timestep_bounds) != sorted(set(self.timestep_bounds)):
+            raise ValueError(f"timestep_bounds {list(self.timestep_bounds)} do not rise")
+        if self.timestep_bounds and not self.balance:
+            raise ValueError("timestep_bounds are those of the channel balance, and balance is false: leave them out")
+        return self
+
+
 class MethodSettings(Settings):
     """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
 
@@ -278,6 +304,7 @@ class MethodSettings(Settings):
     quarot: QuaRotSettings = QuaRotSettings()
     quantvsr: QuantVSRSettings = QuantVSRSettings()
     svdquant: SVDQuantSettings = SVDQuantSettings()
+    vidit_q: ViDiTQSettings = ViDiTQSettings()
 
 
 class VariantSettings(Settings):
