@@ -326,7 +326,7 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
     """The rows of a whole configuration without weights: full precision, then every method at every bits.
 
     Args:
-        rank: of every low-rank branch; default: the method's smallest, since the allocation needs calibration.
+        rank: of every low-rank branch; default: the method's own, its smallest where the allocation needs calibration.
     """
     from qvsr.config import parse_bits
     from qvsr.models.unet import InflatedUNet
@@ -341,12 +341,13 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
             if method in ("full_precision", "bicubic"):
                 continue
             _, own = config.resolve_method(method)
-            branch = getattr(own, "branch", False)
+            smallest = getattr(own, "rank_min", getattr(own, "rank", 0))  # a range of ranks, one rank, or no branch
+            branch = getattr(own, "branch", smallest > 0)
             planned = plan(
                 facts,
                 *parse_bits(bits),
                 exclude=config.method.exclude,
-                rank=(getattr(own, "rank_min", 0) if rank is None else rank) if branch else 0,
+                rank=(smallest if rank is None else rank) if branch else 0,
                 split=getattr(own, "channel_split", False),
                 rotate=getattr(own, "rotation", False),
             )

@@ -184,3 +184,19 @@ def test_what_cannot_be_counted() -> None:
         cost.count(nn.ReLU(), torch.zeros(1))
     with pytest.raises(cost.CostError, match="sampling.tile 7 is no multiple of 2, which 2 levels of the U-Net need"):
         cost.example_inputs(SMALL, tile=7, context_tokens=3)
+
+
+def test_rows_of_methods_with_one_rank_or_a_rotation() -> None:
+    one = {"kind": "photographs"}
+    run = config.validate(
+        {
+            "datasets": {"a": one, "b": one}, "evaluate": ["a"], "calibration": {"dataset": "b"}, "bits": ["W4A4"],
+            "backbone": {"unet": SMALL.model_dump(), "structure": {"out_channels": 8}}, "sampling": {"tile": 8, "tile_overlap": 4},
+            "methods": ["svdquant", "vidit_q"], "method": {"svdquant": {"rank": 5}},
+        },
+        "test",
+    )  # fmt: skip
+    _, svdquant, vidit_q = cost.planned_costs(run)
+    assert svdquant.rank_mean == 5 and svdquant.rotation_macs_g == 0
+    assert vidit_q.rank_mean == 0 and vidit_q.rotation_macs_g > 0
+    assert cost.planned_costs(run, rank=3)[1].rank_mean == 3
