@@ -25,7 +25,8 @@ are then at least 0 to unsigned. The float64 eigenvectors of the Gram matrix rep
 nearest, or with ``weights: gptq`` by GPTQ (1 % damping, columns in order of their inputs' size) after the searches, which always round to nearest.
 
 Cost: one call a calibration sample for ``amax``; then, per layer, 39 decompositions and 39 times its `samples` calls, plus one of each a round.
-The branch is R (N + K taps) parameters and as many products a position, at full precision; smoothing one division an input value.
+Layer inputs are held 256 MiB at a time, each a pass through those samples: at the published size about one a layer. The branch is R (N + K taps)
+parameters and as many products a position, at full precision; smoothing is one division an input value.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from qvsr.registry import BASELINES
 
 STEPS = tuple(step / 20 for step in range(1, 20))
 CANDIDATES = ((0.0, 0.0), *((a, 0.0) for a in STEPS), *((a, 1 - a) for a in STEPS))
-MEMORY = 512 * 2**20  # bytes of layer inputs held at a time
+MEMORY = 256 * 2**20  # bytes of layer inputs held at a time
 
 
 @BASELINES.add("svdquant", title="SVDQuant", source="arXiv 2411.05007")
