@@ -2,7 +2,7 @@
 
 Factors that scale the input channels by timestep also scale the weight by timestep, and integers rounded for one set of factors are wrong
 for another: so every group of timesteps has integers of its own. A layer with S groups takes S times the storage of its weight, and one
-form's operations a call.
+form's operations a call; the cost table counts it as S layers.
 """
 
 from __future__ import annotations
