@@ -264,7 +264,7 @@ class SVDQuantSettings(Settings):
     smooth: bool = Field(True, description="search the smoothing factors of each layer; else none")
     iterations: int = Field(100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them")
     weights: Literal["rtn", "gptq"] = Field("rtn", description="what the branch leaves to nearest, or by GPTQ on the calibration samples")
-    gptq_rows: int = Field(4096, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+    gptq_rows: int = Field(1024, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
     samples: int = Field(128, ge=1, description="calibration samples that the searches measure a layer's output on, evenly spaced")
 
 
