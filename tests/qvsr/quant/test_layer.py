@@ -279,3 +279,29 @@ def test_constant_and_empty_inputs() -> None:
 def test_messages(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_chosen_integers_survive(name: str) -> None:
+    module, x = module_and_input(name)
+    layer = QuantLayer.from_float(module, LayerPlan(4, 4, halves(24)), name)
+    with torch.no_grad():
+        layer(x)  # the weight rounded to nearest is kept from call to call, and must go
+        chosen = (layer.integers() + 1).clamp(max=15)
+        layer.set_integers(chosen)
+        out = layer(x)
+        scale, zero = (
+            v.repeat_interleave(12, 1).view(10, 24, *(1,) * (chosen.dim() - 2)) for v in (layer.weight_scale, layer.weight_zero_point)
+        )
+        assert torch.equal(torch.cat(layer.quantized_weights(), 1), (chosen - zero) * scale)
+        layer.freeze()
+        assert torch.equal(layer.integers(), chosen) and torch.equal(layer(x), out)
+        again = QuantLayer.from_state(layer.geometry, layer.describe(), layer.state(), name)
+        assert torch.equal(again(x), out)
+
+
+def test_integers_that_do_not_fit_are_refused() -> None:
+    layer = QuantLayer.from_float(nn.Linear(8, 4), LayerPlan(4, 4), "a.b")
+    for q in (torch.zeros(4, 7), torch.full((4, 8), 16)):
+        with pytest.raises(QuantError, match=r"a\.b: integers .* do not fit its weight \(4, 8\) of 4 bits"):
+            layer.set_integers(q)
