@@ -113,7 +113,7 @@ def train(
         return Curve(before, before, ())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, updates // 2), LR_FACTOR)
-    order, losses = _shuffled(len(samples), seed), []
+    order, losses = shuffled(len(samples), seed), []
     start = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -149,7 +149,7 @@ def train(
     return curve
 
 
-def _shuffled(count: int, seed: int) -> Iterator[int]:
+def shuffled(count: int, seed: int) -> Iterator[int]:
     """Endless indices below `count`, a new permutation each round."""
     generator = torch.Generator().manual_seed(seed)
     while True:
