@@ -294,6 +294,26 @@ class ViDiTQSettings(Settings):
         return self
 
 
+class QDiffusionSettings(Settings):
+    """Q-Diffusion (arXiv 2302.04304); counts and rates are the released code's for Stable Diffusion where it has them."""
+
+    shortcut_split: bool = Field(True, description="ranges of their own for the two sources of a decoder block's 1x1 skip convolution")
+    range_samples: int = Field(16, ge=1, description="calibration samples that activation ranges are searched on")
+    range_values: int | None = Field(
+        None, ge=1, description="at most this many values of a layer's input, drawn at random, score its ranges; null: all"
+    )
+    samples: int = Field(
+        128, ge=1, description="calibration samples that units are trained on, drawn at random; kept in memory unit by unit"
+    )
+    batch: int = Field(8, ge=1, description="samples (of five frames) of one optimizer step")
+    round_updates: int = Field(20000, ge=0, description="optimizer steps of a unit's weight rounding; 0: round to nearest")
+    round_learning_rate: float = Field(1e-3, gt=0, description="of the weight rounding")
+    round_weight: float = Field(0.01, gt=0, description="weight of the regulariser that drives the rounding to 0 or 1")
+    round_warmup: float = Field(0.2, ge=0, lt=1, description="share of the steps without that regulariser")
+    step_updates: int = Field(5000, ge=0, description="optimizer steps of a unit's activation step sizes; 0: as searched")
+    step_learning_rate: float = Field(4e-4, gt=0, description="of the activation step sizes; falls to 0 along a cosine")
+
+
 class MethodSettings(Settings):
     """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
 
@@ -302,6 +322,7 @@ class MethodSettings(Settings):
     )
     maxmin: MaxMinSettings = MaxMinSettings()
     quarot: QuaRotSettings = QuaRotSettings()
+    q_diffusion: QDiffusionSettings = QDiffusionSettings()
     quantvsr: QuantVSRSettings = QuantVSRSettings()
     svdquant: SVDQuantSettings = SVDQuantSettings()
     vidit_q: ViDiTQSettings = ViDiTQSettings()

@@ -213,19 +213,6 @@ class QuantLayer(nn.Module):
         self.weight_zero_point = torch.stack([zero for _, zero in pairs], 1)
         self._cache = self._grid = None
 
-    def set_integers(self, q: Tensor) -> None:
-        """Integer weights that a method chose itself instead of rounding to nearest; :meth:`freeze` and a checkpoint keep them.
-
-        Args:
-            q: ``(N, K, *kernel)``, whole numbers from 0 to ``2^bits - 1``, on the grid of the present weight ranges.
-        """
-        if q.shape != self.geometry.weight_shape or q.min() < 0 or q.max() > affine.levels(self.weight_bits):
-            raise QuantError(
-                f"{self.name}: integers {tuple(q.shape)} from {int(q.min())} to {int(q.max())} do not fit its weight "
-                f"{self.geometry.weight_shape} of {self.weight_bits} bits"
-            )
-        self.weight_q, self._cache = q.to(torch.uint8), None
-
     def set_static_activations(self, low: Tensor, high: Tensor, timesteps: Sequence[int] = ()) -> None:
         """Fixed activation ranges instead of dynamic ones.
 
@@ -331,9 +318,10 @@ class QuantLayer(nn.Module):
             if self._cache is not None and self._cache[0] == key:
                 return self._cache[1]
         scale, zero_point = self._weight_grid()
-        if self.weight_q is None:
+        if self.is_open:
             values = affine.fake_quantize(self._residual(), scale, zero_point, self.weight_bits)
         else:
+            assert self.weight_q is not None
             values = affine.dequantize(self.weight_q, scale, zero_point)
         weights = list(values.split(self.parts, 1)) if self.is_linear else [values]
         if not trained:

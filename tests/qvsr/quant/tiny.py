@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvsr.config import QuantSpec
+from qvsr.config import QuantSpec, UNetSettings
+from qvsr.models.unet import InflatedUNet
+
+UNET_EXCLUDE = ("time_embed.0", "input_blocks.0.0", "out.2")
 
 
 class Net(nn.Module):
@@ -73,3 +76,30 @@ def spec(method: str, weight_bits: int = 4, act_bits: int = 4, **settings: objec
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
     return float((out - expected).pow(2).mean() / expected.pow(2).mean())
+
+
+def initialised(settings: UNetSettings) -> InflatedUNet:
+    """A U-Net of random weights none of whose branches is zero."""
+    torch.manual_seed(0)
+    unet = InflatedUNet(settings).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        if parameter.abs().sum() == 0:
+            parameter.normal_(0, 0.05)
+    return unet
+
+
+def unet() -> tuple[InflatedUNet, list[Call]]:
+    """Two levels with attention on the second, and calls of it."""
+    settings = UNetSettings(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_head_channels=32, context_dim=8,
+        semb_channels=8, spade_channels=8,
+    )  # fmt: skip
+    net, made = initialised(settings), []
+    generator = torch.Generator().manual_seed(1)
+    for k in range(3):
+        struct = {str(size): torch.randn(5, 8, size, size, generator=generator) for size in (4, 8)}
+        x, context = torch.randn(5, 4, 8, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
+        call = Call(x, torch.tensor([300 * k]), context, struct)
+        call.out = run(net, call)
+        made.append(call)
+    return net, made
