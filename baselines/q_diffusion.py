@@ -11,7 +11,8 @@ the temporal attention are units too; a sample is a call with its five frames, n
 batch of 8 is 40 frames.
 
 Cost: none at run time beyond integer layers (a second scale for the split skips). Calibration is long: by default 20,000 + 5,000 updates of 8 samples
-for each unit, of which the published network has about 140, hence days on a GPU; fewer are a *reduced* Q-Diffusion and are to be called so.
+for each unit, of which the published network has 80, hence days on a GPU; fewer are a *reduced* Q-Diffusion and are to be called so. Without
+`keep_outputs` two calls of the network up to the unit come on top, for each unit, sample and training.
 
 Deviations:
 - products of attention (q, k, v and the softmax) are not quantized, because no method's are here; the released code quantizes them;
@@ -26,7 +27,8 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -42,7 +44,7 @@ from qvsr.quant import apply, search
 from qvsr.quant.adaround import Rounding, learn_rounding
 from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer
 from qvsr.quant.lsq import InputStep, learn_steps, rounded_inputs
-from qvsr.quant.reconstruct import Unit, UnitCall, capture, units
+from qvsr.quant.reconstruct import Unit, UnitCall, capture, replayed, units
 from qvsr.quant.refine import Curve, Sample, Samples, call
 from qvsr.registry import BASELINES
 
@@ -71,7 +73,7 @@ def q_diffusion(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Mo
         layer.set_weight_ranges([search.weight_range(piece, spec.weight_bits, layer.scale_floor) for piece in pieces])
     chosen = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(spec.seed)).tolist()
     samples = [calibration[index] for index in chosen[: settings.samples]]
-    network = Emulated(unet, modules)
+    network = Emulated(unet, modules, settings.keep_outputs)
     losses = {}
     curves = round_weights(network, layers, samples, settings, spec.seed)
     if settings.round_updates:
@@ -93,12 +95,15 @@ class Emulated:
         modules: the layers to quantize, by name.
         weights: rounded weights by the layers' names; layers without one run at full precision.
         steps: input quantizers by the layers' names; likewise.
+        keep: keep the outputs of units that are done, sample by sample, so that the next unit's inputs need no run of what lies before it.
     """
 
-    def __init__(self, unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self.unet, self.modules = unet, modules
+    def __init__(self, unet: nn.Module, modules: Mapping[str, nn.Module], keep: bool = False) -> None:
+        self.unet, self.modules, self.keep = unet, modules, keep
         self.weights: dict[str, Tensor] = {}
         self.steps: dict[str, InputStep] = {}
+        self._full: defaultdict[int, dict[nn.Module, Tensor]] = defaultdict(dict)
+        self._done: defaultdict[int, dict[nn.Module, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
     def quantized(self, sample: Sample) -> Any:
@@ -109,7 +114,34 @@ class Emulated:
 
     def calls_of(self, unit: Unit, samples: list[Sample]) -> list[UnitCall]:
         """What a unit gets and should return, for every sample."""
-        return [capture(unit, partial(call, self.unet, sample), partial(self.quantized, sample)) for sample in samples]
+        calls = []
+        for index, sample in enumerate(samples):
+            full, quantized = (
+                partial(self._replay, self._full[index], call, self.unet),
+                partial(self._replay, self._done[index], self.quantized),
+            )
+            calls.append(capture(unit, partial(full, sample), partial(quantized, sample)))
+        return calls
+
+    @torch.no_grad()
+    def done(self, unit: Unit, calls: list[UnitCall]) -> None:
+        """Tell that a unit is as it will be from here on, with its calls of all samples."""
+        if not self.keep:
+            return
+        weights = {unit.inner(name): self.weights[name] for name in unit.layers}
+        with rounded_inputs({name: self.modules[name] for name in unit.layers if name in self.steps}, self.steps):
+            for index, seen in enumerate(calls):
+                self._full[index][unit.module] = seen.target
+                self._done[index][unit.module] = functional_call(unit.module, weights, seen.args)
+
+    def start_again(self) -> None:
+        """Tell that units change once more from the first on."""
+        self._done.clear()
+
+    @staticmethod
+    def _replay(outputs: dict[nn.Module, Tensor], run: Callable[..., Any], *args: Any) -> Any:
+        with replayed(outputs):
+            return run(*args)
 
 
 def round_weights(
@@ -120,23 +152,24 @@ def round_weights(
     with progress("round weights") as report:
         for index, unit in enumerate(found):
             roundings = {name: Rounding(layers[name]) for name in unit.layers}
-            if settings.round_updates:
-                curves.append(
-                    learn_rounding(
-                        unit,
-                        roundings,
-                        network.calls_of(unit, samples),
-                        settings.round_updates,
-                        settings.batch,
-                        settings.round_learning_rate,
-                        settings.round_weight,
-                        settings.round_warmup,
-                        seed,
-                    )
+            calls = network.calls_of(unit, samples) if settings.round_updates else []
+            if calls:
+                curve = learn_rounding(
+                    unit,
+                    roundings,
+                    calls,
+                    settings.round_updates,
+                    settings.batch,
+                    settings.round_learning_rate,
+                    settings.round_weight,
+                    settings.round_warmup,
+                    seed,
                 )
+                curves.append(curve)
             for name, rounding in roundings.items():
                 layers[name].set_integers(rounding.integers())
                 network.weights[name] = rounding.hard()
+            network.done(unit, calls)
             report(index + 1, len(found))
     return curves
 
@@ -162,6 +195,7 @@ def train_steps(
 ) -> list[Curve]:
     """Train the activation steps unit by unit, with all weights and activations rounded; the layers get them."""
     curves, found = [], units(network.unet, layers)
+    network.start_again()
     with progress("train steps") as report:
         for index, unit in enumerate(found):
             calls = network.calls_of(unit, samples)
@@ -179,6 +213,7 @@ def train_steps(
             curves.append(curve)
             for name in unit.layers:
                 network.steps[name].give()
+            network.done(unit, calls)
             report(index + 1, len(found))
     return curves
 

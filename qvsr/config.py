@@ -305,6 +305,9 @@ class QDiffusionSettings(Settings):
     samples: int = Field(
         128, ge=1, description="calibration samples that units are trained on, drawn at random; kept in memory unit by unit"
     )
+    keep_outputs: bool = Field(
+        False, description="keep all units' outputs for these samples in memory: the same result, much sooner where the network is small"
+    )
     batch: int = Field(8, ge=1, description="samples (of five frames) of one optimizer step")
     round_updates: int = Field(20000, ge=0, description="optimizer steps of a unit's weight rounding; 0: round to nearest")
     round_learning_rate: float = Field(1e-3, gt=0, description="of the weight rounding")

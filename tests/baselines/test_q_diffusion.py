@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from baselines import q_diffusion
 from qvsr.config import QDiffusionSettings, UNetSettings, load
+from qvsr.models.layers import GroupNorm32
 from qvsr.models.unet import InflatedUNet
 from qvsr.provenance import ROOT
 from qvsr.quant import apply, checkpoint
@@ -151,6 +152,24 @@ def test_checkpoint_round_trip_and_two_runs_give_the_same_bytes(tmp_path: Path) 
         assert torch.equal(tiny.run(loaded, calls[0]), tiny.run(quantized, calls[0]))
         torch.rand(3)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_kept_outputs_change_nothing_but_the_time(tmp_path: Path) -> None:
+    runs = []
+    for keep in (False, True):
+        unet, calls = tiny.unet()
+        settings = {**SMALL, "samples": 2, "round_updates": 2, "step_updates": 2, "keep_outputs": keep}
+        spec = tiny.spec("q_diffusion", **settings).model_copy(update={"exclude": tiny.UNET_EXCLUDE})
+        blocks = [*unet.input_blocks, unet.middle_block]
+        ran: list[int] = []
+        for norm in (module for block in blocks for module in block.modules() if isinstance(module, GroupNorm32)):
+            norm.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        quantized = BASELINES["q_diffusion"](unet, calls, spec)
+        checkpoint.save(quantized, tmp_path / str(keep), {"method": "q_diffusion", "bits": "W4A4", "backbone": "tiny"})
+        runs.append(len(ran))
+        assert not any("forward" in vars(module) for module in unet.modules())
+    assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+    assert runs[1] < runs[0] / 2
 
 
 def test_refusals() -> None:
