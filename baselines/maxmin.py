@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qvsr.config import MaxMinSettings, QuantSpec
+from qvsr.config import QuantSpec
+from qvsr.method_settings import MaxMinSettings
 from qvsr.progress import progress
 from qvsr.quant import affine, apply
 from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer, halves
@@ -27,7 +28,7 @@ def maxmin(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Module:
     Args:
         unet: full precision; takes ``(x, t, context, struct)``.
         calibration: recorded full-precision calls; read for static activation ranges only.
-        spec: bits, excluded layers, and :class:`qvsr.config.MaxMinSettings` as plain values; there is nothing random.
+        spec: bits, excluded layers, and :class:`qvsr.method_settings.MaxMinSettings` as plain values; there is nothing random.
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`.
     """

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qvsr.config import QDiffusionSettings, QuantSpec
+from qvsr.config import QuantSpec
+from qvsr.method_settings import QDiffusionSettings
 from qvsr.models.layers import Downsample, ResBlock
 from qvsr.models.unet import InflatedUNet
 from qvsr.progress import progress
@@ -56,7 +57,7 @@ def q_diffusion(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Mo
     Args:
         unet: full precision; takes ``(x, t, context, struct)``.
         calibration: recorded full-precision calls; only their inputs are read.
-        spec: bits, excluded layers, seed, and :class:`qvsr.config.QDiffusionSettings` as plain values.
+        spec: bits, excluded layers, seed, and :class:`qvsr.method_settings.QDiffusionSettings` as plain values.
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`; the errors of both trainings, summed over units, are noted
         on it for the checkpoint.

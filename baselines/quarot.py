@@ -26,7 +26,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qvsr.config import QuantSpec, QuaRotSettings
+from qvsr.config import QuantSpec
+from qvsr.method_settings import QuaRotSettings
 from qvsr.quant import apply
 from qvsr.quant.gptq import round_layers
 from qvsr.quant.layer import LayerPlan, QuantLayer
@@ -41,7 +42,7 @@ def quarot(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Module:
     Args:
         unet: full precision; takes ``(x, t, context, struct)``.
         calibration: recorded full-precision calls; read for GPTQ only.
-        spec: bits, excluded layers, seed of the rotations' signs, and :class:`qvsr.config.QuaRotSettings` as plain values.
+        spec: bits, excluded layers, seed of the rotations' signs, and :class:`qvsr.method_settings.QuaRotSettings` as plain values.
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`; for GPTQ, both losses of each layer are noted on it.
     Raises:

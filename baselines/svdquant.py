@@ -37,7 +37,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qvsr.config import QuantSpec, SVDQuantSettings
+from qvsr.config import QuantSpec
+from qvsr.method_settings import SVDQuantSettings
 from qvsr.progress import progress
 from qvsr.quant import apply, low_rank
 from qvsr.quant.gptq import round_layers
@@ -60,7 +61,7 @@ def svdquant(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
     Args:
         unet: full precision; takes ``(x, t, context, struct)``.
         calibration: recorded full-precision calls.
-        spec: bits, excluded layers, seed (of the input vectors that GPTQ sees), and :class:`qvsr.config.SVDQuantSettings` as plain values.
+        spec: bits, excluded layers, seed (of the input vectors that GPTQ sees), and :class:`qvsr.method_settings.SVDQuantSettings` as plain values.
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`; exponents, rounds and relative squared output error of each layer
         (before GPTQ) are noted on it for the checkpoint.

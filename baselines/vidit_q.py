@@ -27,7 +27,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from qvsr.config import QuantSpec, ViDiTQSettings
+from qvsr.config import QuantSpec
+from qvsr.method_settings import ViDiTQSettings
 from qvsr.quant import apply
 from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.layer import LayerPlan, QuantLayer
@@ -43,7 +44,7 @@ def vidit_q(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Module
     Args:
         unet: full precision; takes ``(x, t, context, struct)``.
         calibration: recorded full-precision calls; read for the balance only. Each timestep group needs one.
-        spec: bits, excluded layers, seed (of the rotations), and :class:`qvsr.config.ViDiTQSettings` as plain values.
+        spec: bits, excluded layers, seed (of the rotations), and :class:`qvsr.method_settings.ViDiTQSettings` as plain values.
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`, or by :class:`ByTimestep` of those with several groups.
     """

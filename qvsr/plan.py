@@ -18,6 +18,7 @@ from qvsr import config as settings
 from qvsr.config import Config, ConfigError
 from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import suggest
+from qvsr.settings import Settings
 
 DEFAULT = Path("config/default.yaml")
 # What is not quantized but restored: what no network at all gives, and the network as it is.
@@ -107,7 +108,7 @@ def settings_digest(config: Config, *keys: str) -> str:
         value: Any = config
         for part in key.split("."):
             value = value[part] if isinstance(value, Mapping) else getattr(value, part)
-        values.append([key, value.model_dump(mode="json") if isinstance(value, settings.Settings) else value])
+        values.append([key, value.model_dump(mode="json") if isinstance(value, Settings) else value])
     return _digest(values)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from qvsr.config import Settings
 from qvsr.provenance import ROOT
 from qvsr.registry import Entry, suggest
+from qvsr.settings import Settings
 
 FOLDER = ROOT / "config" / "protocols"
 Option = bool | int | float | str

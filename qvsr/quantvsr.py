@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qvsr.config import QuantSpec, QuantVSRSettings
+from qvsr.config import QuantSpec
+from qvsr.method_settings import QuantVSRSettings
 from qvsr.progress import progress
 from qvsr.quant import apply, low_rank
 from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer, halves
@@ -182,7 +183,7 @@ def quantvsr(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
     Args:
         unet: full precision; takes ``(x, t, context, struct)``.
         calibration: recorded full-precision calls.
-        spec: bits, excluded layers, seed, and :class:`qvsr.config.QuantVSRSettings` as plain values.
+        spec: bits, excluded layers, seed, and :class:`qvsr.method_settings.QuantVSRSettings` as plain values.
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`; ranks and losses are noted on it for the checkpoint.
     """

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
-from qvsr.config import Settings
 from qvsr.protocols import Protocol
 from qvsr.provenance import atomic_path
 from qvsr.registry import METRICS
+from qvsr.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ from qvsr.provenance import ROOT
 
 # From the bottom up; a module may import what stands in a lower row, and its own package.
 ROWS = (
-    ("qvsr", "qvsr.registry", "qvsr.progress"),
+    ("qvsr", "qvsr.registry", "qvsr.progress", "qvsr.settings"),
+    ("qvsr.method_settings",),
     ("qvsr.config", "qvsr.provenance"),
     ("qvsr.models", "qvsr.kernels", "qvsr.protocols", "metrics"),
     ("qvsr.quant", "qvsr.data"),

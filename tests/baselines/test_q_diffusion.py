@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines import q_diffusion
-from qvsr.config import QDiffusionSettings, UNetSettings, load
+from qvsr.config import UNetSettings, load
+from qvsr.method_settings import QDiffusionSettings
 from qvsr.models.layers import GroupNorm32
 from qvsr.models.unet import InflatedUNet
 from qvsr.provenance import ROOT

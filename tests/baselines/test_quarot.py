@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.quarot import open_layers, quarot
-from qvsr.config import QuaRotSettings
+from qvsr.method_settings import QuaRotSettings
 from qvsr.quant import affine, apply, checkpoint, cost
 from qvsr.quant.layer import QuantError
 from qvsr.quant.observe import observe_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import golden
 import torch
 
-from qvsr.config import QuantVSRSettings
+from qvsr.method_settings import QuantVSRSettings
 from qvsr.quantvsr import allocate_ranks, complexity, is_measured
 
 

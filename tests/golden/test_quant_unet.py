@@ -11,7 +11,7 @@ import torch
 from networks import diffusion, set_name
 from torch import Tensor, nn
 
-from qvsr.config import QuantVSRSettings
+from qvsr.method_settings import QuantVSRSettings
 from qvsr.quant import apply
 from qvsr.quant.layer import LayerPlan, QuantLayer, halves
 from qvsr.quantvsr import Complexity, allocate_ranks, measure_complexity

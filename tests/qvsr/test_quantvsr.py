@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "quant"))
 import tiny
 
-from qvsr.config import QuantVSRSettings
+from qvsr.method_settings import QuantVSRSettings
 from qvsr.quant import apply, checkpoint
 from qvsr.quant.layer import QuantError
 from qvsr.quantvsr import allocate_ranks, complexity, layer_ranks, measure_complexity, quantvsr

@@ -1,0 +1,143 @@
+"""Settings of the quantization methods, a class a method; :class:`MethodSettings` holds one of each.
+
+The defaults are those of the papers or, where a paper says nothing, of their released code; ``config/default.yaml`` reduces counts for the small model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from qvsr.settings import Settings
+
+
+class QuantVSRSettings(Settings):
+    """QuantVSR (arXiv 2508.04485); each part can be switched off."""
+
+    channel_split: bool = Field(True, description="two halves of the input channels with a scale of their own")
+    rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
+    branch: bool = Field(True, description="the full-precision low-rank branch")
+    stca: bool = Field(True, description="rank by spatio-temporal complexity; else rank_min everywhere")
+    refine: bool = Field(True, description="train L1 and L2")
+    lba: bool = Field(True, description="learnable bias alignment")
+    rank_min: int = Field(16, ge=1, description="smallest rank of a branch")
+    rank_max: int = Field(64, ge=1, description="largest rank of a branch")
+    rank_multiple: int = Field(8, ge=1, description="ranks are multiples of this")
+    quantile: float = Field(0.25, gt=0, lt=0.5, description="lower threshold of both complexities; the upper is 1 - quantile")
+    refine_updates: int = Field(900, ge=0, description="optimizer steps of the refinement, each over `accumulate` samples")
+    lba_updates: int = Field(900, ge=0, description="optimizer steps of the bias alignment, each over `accumulate` samples")
+    accumulate: int = Field(4, ge=1, description="calibration samples of one optimizer step")
+    learning_rate: float = Field(1e-3, gt=0, description="of refinement and bias alignment")
+    weight_decay: float = Field(0.01, ge=0, description="of refinement and bias alignment")
+
+    @model_validator(mode="after")
+    def _ranks_ordered(self) -> QuantVSRSettings:
+        if self.rank_min > self.rank_max:
+            raise ValueError(f"rank_min {self.rank_min} is above rank_max {self.rank_max}")
+        return self
+
+
+class MaxMinSettings(Settings):
+    """Round to nearest with min/max ranges (arXiv 1712.05877)."""
+
+    activations: Literal["dynamic", "static"] = Field(
+        "dynamic", description="range of each call (dynamic), or an average over the calibration samples (static)"
+    )
+    channel_split: bool = Field(False, description="two halves of the input channels with a range of their own")
+    ema: float = Field(0.95, gt=0, lt=1, description="decay of the static activation range over calibration batches")
+
+
+class QuaRotSettings(Settings):
+    """Rotate, then round (arXiv 2404.00456)."""
+
+    weights: Literal["rtn", "gptq"] = Field("rtn", description="weights to nearest, or by GPTQ on the calibration samples")
+    granularity: Literal["shared", "native"] = Field(
+        "shared",
+        description="activation ranges per tensor as the other methods' (shared), or per token, before larger kernels per frame (native)",
+    )
+    symmetric: bool = Field(True, description="grids symmetric about 0, as published; else from minimum to maximum")
+    rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
+    gptq_damp: float = Field(0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it")
+    gptq_act_order: bool = Field(False, description="round the columns of the largest inputs first")
+    gptq_rows: int = Field(1024, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+
+
+class SVDQuantSettings(Settings):
+    """SVDQuant (arXiv 2411.05007)."""
+
+    granularity: Literal["shared", "native"] = Field(
+        "shared",
+        description="shared: asymmetric weights per output channel, activations per tensor; "
+        "native: symmetric weights and per-token activations in groups of input channels",
+    )
+    group_size: int = Field(64, ge=1, description="input channels of a group at native granularity; the last group may be smaller")
+    rank: int = Field(32, ge=1, description="of every branch; a layer gets no more than its weight can have")
+    smooth: bool = Field(True, description="search the smoothing factors of each layer; else none")
+    iterations: int = Field(100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them")
+    weights: Literal["rtn", "gptq"] = Field("rtn", description="what the branch leaves to nearest, or by GPTQ on the calibration samples")
+    gptq_rows: int = Field(1024, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+    samples: int = Field(128, ge=1, description="calibration samples that the searches measure a layer's output on, evenly spaced")
+
+
+class ViDiTQSettings(Settings):
+    """ViDiT-Q (arXiv 2406.02540)."""
+
+    granularity: Literal["shared", "native"] = Field(
+        "shared", description="shared: activations per tensor; native: per token or frame (native_activations)"
+    )
+    native_activations: Literal["token", "frame"] = Field(
+        "token", description="what has an activation range of its own at native granularity; larger kernels than 1x1 take frames"
+    )
+    balance: bool = Field(True, description="static channel balance: scale the input channels")
+    alpha: float = Field(0.5, ge=0, le=1, description="balance multiplies the input by wmax^alpha / amax^(1-alpha)")
+    rotation: bool = Field(True, description="dynamic channel balance: Hadamard rotation of the scaled input")
+    timestep_bounds: tuple[int, ...] = Field(
+        (), description="upper bounds of timestep groups with a balance, hence integer weights, of their own; the 2024 code has [500, 1000]"
+    )
+    ema: float = Field(0.95, gt=0, lt=1, description="decay of the channels' ranges over calibration samples")
+
+    @model_validator(mode="after")
+    def _bounds_rise(self) -> ViDiTQSettings:
+        if list(self.timestep_bounds) != sorted(set(self.timestep_bounds)):
+            raise ValueError(f"timestep_bounds {list(self.timestep_bounds)} do not rise")
+        if self.timestep_bounds and not self.balance:
+            raise ValueError("timestep_bounds are those of the channel balance, and balance is false: leave them out")
+        return self
+
+
+class QDiffusionSettings(Settings):
+    """Q-Diffusion (arXiv 2302.04304); counts and rates are the released code's for Stable Diffusion where it has them."""
+
+    shortcut_split: bool = Field(True, description="ranges of their own for the two sources of a decoder block's 1x1 skip convolution")
+    range_samples: int = Field(16, ge=1, description="calibration samples that activation ranges are searched on")
+    range_values: int | None = Field(
+        None, ge=1, description="at most this many values of a layer's input, drawn at random, score its ranges; null: all"
+    )
+    samples: int = Field(
+        128, ge=1, description="calibration samples that units are trained on, drawn at random; kept in memory unit by unit"
+    )
+    keep_outputs: bool = Field(
+        False, description="keep all units' outputs for these samples in memory: the same result, much sooner where the network is small"
+    )
+    batch: int = Field(8, ge=1, description="samples (of five frames) of one optimizer step")
+    round_updates: int = Field(20000, ge=0, description="optimizer steps of a unit's weight rounding; 0: round to nearest")
+    round_learning_rate: float = Field(1e-3, gt=0, description="of the weight rounding")
+    round_weight: float = Field(0.01, gt=0, description="weight of the regulariser that drives the rounding to 0 or 1")
+    round_warmup: float = Field(0.2, ge=0, lt=1, description="share of the steps without that regulariser")
+    step_updates: int = Field(5000, ge=0, description="optimizer steps of a unit's activation step sizes; 0: as searched")
+    step_learning_rate: float = Field(4e-4, gt=0, description="of the activation step sizes; falls to 0 along a cosine")
+
+
+class MethodSettings(Settings):
+    """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
+
+    exclude: tuple[str, ...] = Field(
+        ("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix"
+    )
+    maxmin: MaxMinSettings = MaxMinSettings()
+    quarot: QuaRotSettings = QuaRotSettings()
+    q_diffusion: QDiffusionSettings = QDiffusionSettings()
+    quantvsr: QuantVSRSettings = QuantVSRSettings()
+    svdquant: SVDQuantSettings = SVDQuantSettings()
+    vidit_q: ViDiTQSettings = ViDiTQSettings()
