@@ -9,7 +9,8 @@ operation a bias addition; attention products and rotations are not in it. For W
 
 *The exact one* (``params_exact_m``, ``macs_exact_g``): every number at the precision that it is really kept or multiplied in: quantized
 weights at their bits; branch, biases, norms, unquantized layers at 32 bits; scales, zero points, rotation signs as stored; attention
-products and rotations counted, at 32 bits.
+products and rotations counted, at 32 bits. The constant that an offset leaves (:mod:`qvsr.quant.layer`) is stored tap by tap and counted so; its
+map is the same for every frame, laid out once a size and added with the bias, so its operations are the bias's.
 
 The counting works on a plain list of :class:`LayerFact`, which :func:`count` takes from a model by hooks, on the meta device too.
 """
@@ -54,7 +55,7 @@ class LayerFact:
         weight_bits, act_bits: 32 where not quantized.
         rank: of the low-rank branch, 0 without one.
         rotated: sizes of the input-channel groups that are rotated.
-        side_bits: bits of storage for scales, zero points, signs and the like.
+        side_bits: bits of storage for scales, zero points, signs, offsets and the like.
     """
 
     name: str
@@ -198,7 +199,7 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         bias = layer.bias.numel() if isinstance(layer.bias, Tensor) else 0
         return LayerFact(name, KINDS[type(layer)], _weight_shape(layer), positions, input_positions, bias)
     total = layer._total_bias()
-    side = ("weight_scale", "weight_zero_point", "act_scale", "act_zero_point", "smooth", "signs")
+    side = ("weight_scale", "weight_zero_point", "act_scale", "act_zero_point", "smooth", "signs", "offset", "offset_taps")
     tensors = [getattr(layer, role) for role in side]
     if layer.stored_rotation:
         tensors += [getattr(layer, f"rotation_{part}") for part in range(len(layer.parts))]

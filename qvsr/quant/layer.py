@@ -1,11 +1,12 @@
 """The one quantized layer that every method fills in: Linear, Conv1d, Conv2d and Conv3d alike.
 
-    y = low_bit(T(x)) + L1 L2 x' + bias,     x' = x / smooth
+    y = low_bit(T(x)) + L1 L2 x' + bias + W offset,     x' = (x - offset) / smooth
 
-T divides the input by the smoothing scale, cuts its channels into parts, rotates each part and rounds it with its own activation
-quantizer (dynamic per tensor, frame or token, or static with a table by timestep). The low-bit weight is the weight less L1 L2,
-transformed alike, with a scale and a zero point per output channel and part: groups of 64 input channels are parts of 64. The branch
-L1 L2 sees the unrotated, unrounded x' and runs as two thin layers.
+T subtracts the offset from the input, if there is one, divides it by the smoothing scale, cuts its channels into parts, rotates each part and
+rounds it with its own activation quantizer (dynamic per tensor, frame or token, or static with a table by timestep). The low-bit weight is the
+weight less L1 L2, transformed alike, with a scale and a zero point per output channel and part: groups of 64 input channels are parts of 64. The
+branch L1 L2 sees the unrotated, unrounded x' and runs as two thin layers. ``W offset`` is a constant of the full-precision weight; at a zero-padded
+border fewer taps see the offset, so it is stored tap by tap and laid out for the size of the input.
 
 A layer is *open* while a method works on it: it holds the floating-point weight, and L1, L2 can be trained through the rounding
 (ranges stay as they were first measured, as published). `freeze` turns it into integers for good. Execution here is *simulated*:
@@ -147,6 +148,8 @@ class QuantLayer(nn.Module):
         self.correction: nn.Parameter | None = None
         for buffer in ("weight", "weight_q", "weight_scale", "weight_zero_point", "smooth", "signs", "act_scale", "act_zero_point"):
             self.register_buffer(buffer, None)
+        for buffer in ("offset", "offset_taps"):
+            self.register_buffer(buffer, None)
         for part in range(len(self.parts)):
             self.register_buffer(f"rotation_{part}", None, persistent=False)
         self.stored_rotation = False
@@ -156,6 +159,8 @@ class QuantLayer(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor
     smooth: Tensor | None
+    offset: Tensor | None
+    offset_taps: Tensor | None
     signs: Tensor | None
     act_scale: Tensor | None
     act_zero_point: Tensor | None
@@ -172,6 +177,7 @@ class QuantLayer(nn.Module):
         rotations: Sequence[Tensor] | None = None,
         smooth: Tensor | None = None,
         branch: tuple[Tensor, Tensor] | None = None,
+        offset: Tensor | None = None,
     ) -> QuantLayer:
         """An open layer with dynamic activation ranges; the branch starts from the SVD and the weight ranges from the residual.
 
@@ -181,9 +187,13 @@ class QuantLayer(nn.Module):
             rotations: orthogonal matrices to use instead, one a part (an official checkpoint stores them).
             smooth: ``(K,)``, the input is divided and the weight multiplied by it.
             branch: L1 ``(N, R)`` and L2 ``(R, K, *kernel)`` to start from instead of the SVD.
+            offset: ``(K,)``, subtracted from the input before it is divided; what that takes from the output is added again, exactly.
         """
         layer = cls(Geometry.of(module, name), plan, name)
         weight = module.weight.detach()  # type: ignore[operator,union-attr]
+        if offset is not None:
+            layer.offset = offset.detach().to(weight)
+            layer.offset_taps = (weight * layer._along_inputs(layer.offset)).sum(1, keepdim=True)
         if smooth is not None:
             layer.smooth = smooth.detach().to(weight)
             weight = weight * layer._along_inputs(layer.smooth)  # type: ignore[assignment]
@@ -264,13 +274,38 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(…, K)`` to ``(…, N)`` for Linear; maps ``(B, K, …)`` to ``(B, N, …)`` for convolutions."""
-        if self.smooth is not None:
-            x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
+        x = self._scaled(x)
         y = self._linear(x) if self.is_linear else self._convolution(x)
+        if self.offset_taps is not None:
+            y = y + self.offset_constant(self.offset_taps, x.shape)
         if self.correction is None:
             return y
         # not as the operation's bias: its backward pass would compute the gradient of the whole weight too
         return y + (self.correction if self.is_linear else self._along_inputs(self.correction))
+
+    def offset_constant(self, taps: Tensor, shape: Sequence[int]) -> Tensor:
+        """What an offset took from the output, for an input of this shape: ``(N,)`` for Linear, one map ``(1, N, …)`` for convolutions.
+
+        Args:
+            taps: ``(N, 1, *kernel)``, for each tap the sum over channels of weight times offset.
+        """
+        return taps[:, 0] if self.is_linear else self.operate(taps.new_ones(1, 1, *shape[2:]), taps)
+
+    def operate(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The plain operation of the layer's kind with its stride, padding and dilation."""
+        if self.is_linear:
+            return F.linear(x, weight, bias)
+        geometry = self.geometry
+        result: Tensor = _CONV[len(geometry.kernel)](x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+        return result
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """The input less the offset, divided by the smoothing scale."""
+        if self.offset is not None:
+            x = x - (self.offset if self.is_linear else self._along_inputs(self.offset))
+        if self.smooth is not None:
+            x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
+        return x
 
     def _linear(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.geometry.in_channels)
@@ -349,9 +384,8 @@ class QuantLayer(nn.Module):
 
     def input_parts(self, x: Tensor) -> list[Tensor]:
         """The smoothed and rotated parts of an input before rounding: what an activation range is measured on."""
-        if self.smooth is not None:
-            x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
-        return [self._rotate_input(piece, part) for part, piece in enumerate(x.split(self.parts, -1 if self.is_linear else 1))]
+        pieces = self._scaled(x).split(self.parts, -1 if self.is_linear else 1)
+        return [self._rotate_input(piece, part) for part, piece in enumerate(pieces)]
 
     def freeze(self) -> None:
         """Integers for good: the floating-point weight is dropped. L1, L2 keep their values and are no longer trained."""
@@ -478,6 +512,7 @@ class QuantLayer(nn.Module):
             "act_granularity_used": self.act_granularity_used,
             "weight_symmetric": self.weight_symmetric,
             "act_symmetric": self.act_symmetric,
+            "offset": self.offset is not None,
             "activations": "dynamic" if self.act_scale is None else "static",
             "act_timesteps": list(self.act_timesteps),
         }
@@ -492,6 +527,8 @@ class QuantLayer(nn.Module):
             "down": self.down,
             "bias": self._total_bias(),
             "smooth": self.smooth,
+            "offset": self.offset,
+            "offset_taps": self.offset_taps,
             "signs": self.signs,
             "act_scale": self.act_scale,
             "act_zero_point": self.act_zero_point,
@@ -525,6 +562,7 @@ class QuantLayer(nn.Module):
             state["zero_point"],
         )
         layer.smooth, layer.act_scale, layer.act_zero_point = state.get("smooth"), state.get("act_scale"), state.get("act_zero_point")
+        layer.offset, layer.offset_taps = state.get("offset"), state.get("offset_taps")
         layer.act_timesteps = tuple(facts["act_timesteps"])
         for role in ("up", "down", "bias"):
             if role in state:

@@ -68,11 +68,11 @@ def check_plain(layer: QuantLayer) -> None:
     """Refuse a layer whose rounded weight cannot stand in for the floating-point one.
 
     Raises:
-        QuantError: a layer with a smoothing scale, a rotation or a branch.
+        QuantError: a layer with a smoothing scale, an offset, a rotation or a branch.
     """
-    if layer.smooth is not None or any(layer.rotated) or layer.rank:
+    if layer.smooth is not None or layer.offset is not None or any(layer.rotated) or layer.rank:
         raise QuantError(
-            f"{layer.name}: a layer that is smoothed, rotated or has a branch cannot be reconstructed in place of its float layer"
+            f"{layer.name}: a layer that is smoothed, shifted, rotated or has a branch cannot be reconstructed in place of its float layer"
         )
 
 

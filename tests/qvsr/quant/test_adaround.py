@@ -97,5 +97,7 @@ def test_regulariser_by_hand() -> None:
 
 def test_layers_that_cannot_stand_in_are_refused() -> None:
     layer = QuantLayer.from_float(nn.Linear(8, 8), LayerPlan(4, 4, rotate=True), "x.y")
-    with pytest.raises(QuantError, match=r"x\.y: a layer that is smoothed, rotated or has a branch cannot be reconstructed"):
+    with pytest.raises(QuantError, match=r"x\.y: a layer that is smoothed, shifted, rotated or has a branch cannot be reconstructed"):
         Rounding(layer)
+    with pytest.raises(QuantError, match=r"x\.z: a layer that is smoothed, shifted,"):
+        Rounding(QuantLayer.from_float(nn.Linear(8, 8), LayerPlan(4, 4), "x.z", offset=torch.ones(8)))

@@ -90,7 +90,7 @@ def test_chosen_integers_come_back(tmp_path: Path) -> None:
 def test_a_checkpoint_from_before_the_granularity_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = quantized()
     full = QuantLayer.describe
-    new = ("act_granularity", "act_granularity_used", "weight_symmetric", "act_symmetric")
+    new = ("act_granularity", "act_granularity_used", "weight_symmetric", "act_symmetric", "offset")
     monkeypatch.setattr(QuantLayer, "describe", lambda self: {key: value for key, value in full(self).items() if key not in new})
     checkpoint.save(net, tmp_path / "q.safetensors", HEADER)
     monkeypatch.undo()
@@ -99,14 +99,15 @@ def test_a_checkpoint_from_before_the_granularity_is_read(tmp_path: Path, monkey
     assert torch.equal(tiny.run(loaded, call), tiny.run(net, call))
 
 
-def test_given_rotations_and_smoothing_come_back(tmp_path: Path) -> None:
+def test_given_rotations_smoothing_and_offsets_come_back(tmp_path: Path) -> None:
     net = tiny.network()
     generator = torch.Generator().manual_seed(0)
 
     def make(name: str, module: torch.nn.Module) -> QuantLayer:
         k = module.weight.shape[1]
         matrix = torch.linalg.qr(torch.randn(k, k, generator=generator))[0]
-        return QuantLayer.from_float(module, LayerPlan(6, 6), name, rotations=[matrix], smooth=torch.rand(k, generator=generator) + 0.5)
+        smooth, offset = torch.rand(k, generator=generator) + 0.5, torch.randn(k, generator=generator)
+        return QuantLayer.from_float(module, LayerPlan(6, 6), name, rotations=[matrix], smooth=smooth, offset=offset)
 
     apply.quantize_layers(net, EXCLUDE, make)
     apply.freeze(net)

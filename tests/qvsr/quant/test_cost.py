@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,17 @@ def test_granularity_and_symmetry_store_nothing_more() -> None:
         layer = QuantLayer.from_float(network[0], LayerPlan(4, 4, (4, 4), True, **fields))
         counted.append(cost.count(nn.Sequential(layer), torch.zeros(5, 8)))
     assert counted[0] == counted[1] == counted[2] and counted[0].layers[0].side_bits == 2 * 32 * 6 * 2 + 8 * 8
+
+
+def test_an_offset_is_stored_by_channel_and_by_output_and_tap() -> None:
+    """32 bits each, and nothing else differs: its map of constants is added with the bias."""
+    module, x = nn.Conv2d(8, 6, 3, padding=1), torch.zeros(1, 8, 5, 5)
+    plain, shifted = (
+        cost.count(nn.Sequential(QuantLayer.from_float(module, LayerPlan(4, 4), **fields)), x).layers[0]
+        for fields in ({}, {"offset": torch.ones(8)})
+    )
+    assert shifted.side_bits - plain.side_bits == 32 * (8 + 6 * 9)
+    assert replace(shifted, side_bits=plain.side_bits) == plain
 
 
 def test_both_countings_by_hand() -> None:

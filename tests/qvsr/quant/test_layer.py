@@ -91,6 +91,43 @@ def test_open_training_and_frozen_forms_agree(name: str) -> None:
     assert torch.allclose(training.detach(), frozen, atol=1e-5)
 
 
+@each_module
+@pytest.mark.parametrize("plan", [LayerPlan(4, 4), LayerPlan(4, 4, (8, 16), rotate=True, rank=3)], ids=["plain", "all"])
+def test_an_offset_is_exact_in_float64_also_at_the_border(name: str, plan: LayerPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_and_input(name, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    offset, smooth = (
+        5 * torch.randn(24, dtype=torch.float64, generator=generator),
+        torch.rand(24, dtype=torch.float64, generator=generator) + 0.5,
+    )
+    layer = QuantLayer.from_float(module, plan, name, offset=offset, smooth=smooth)
+    unrounded(layer, monkeypatch)
+    with torch.no_grad():
+        assert (layer(x) - module(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_an_offset_centres_the_input_before_it_is_divided_and_rounded(name: str) -> None:
+    """Channels a thousand times farther from 0 than they are wide: nothing is left of them at 8 bits, unless the offset takes the distance away."""
+    module, x = module_and_input(name)
+    along = (-1,) if name == "linear" else (1, -1, 1, 1)
+    offset, smooth = 1000 * torch.randn(24, generator=torch.Generator().manual_seed(1)), torch.linspace(1, 2, 24)
+    x, expected = x + offset.view(along), x / smooth.view(along)
+    layer = QuantLayer.from_float(module, LayerPlan(8, 8, halves(24)), name, offset=offset, smooth=smooth)
+    assert torch.allclose(torch.cat(layer.input_parts(x), -1 if name == "linear" else 1), expected, atol=1e-3)  # of float32 numbers of 1000
+    with torch.no_grad():
+        dense = copy.deepcopy(module).double()
+        error = (layer(x) - dense(x.double())).pow(2).mean().sqrt()
+        assert (
+            error
+            < 0.02
+            < (QuantLayer.from_float(module, LayerPlan(8, 8, halves(24)), name)(x) - dense(x.double())).pow(2).mean().sqrt() / 50
+        )
+        layer.freeze()
+        again = QuantLayer.from_state(layer.geometry, layer.describe(), layer.state(), name)
+        assert torch.equal(again(x), layer(x)) and again.describe() == layer.describe() and layer.describe()["offset"]
+
+
 def test_a_changed_branch_is_seen() -> None:
     """The rounded weight of an open layer is kept only as long as L1 and L2 stay."""
     module, _ = module_and_input("conv2d")
