@@ -88,6 +88,7 @@ def train(
     seed: int,
     what: str = "refine",
     progress: Callable[[int, int], None] | None = None,
+    factor: float = LR_FACTOR,
 ) -> Curve:
     """Minimise the squared difference to the recorded full-precision output over `parameters`, and nothing else.
 
@@ -99,6 +100,7 @@ def train(
         seed: of the order of samples.
         what: names this training in messages.
         progress: called with (updates done, updates in all).
+        factor: what the learning rate is multiplied by after half of the updates.
     Returns:
         the losses. The parameters are trained, or as they were if the loss did not fall on the probed samples: a few updates at a rate made
         for many can do more harm than rounding did (the published code, with many, keeps whatever comes out).
@@ -112,7 +114,7 @@ def train(
     if updates == 0 or not parameters:
         return Curve(before, before, ())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, updates // 2), LR_FACTOR)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, updates // 2), factor)
     order, losses = shuffled(len(samples), seed), []
     start = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:

@@ -59,6 +59,10 @@ def test_rate_falls_to_a_fifth_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1])
     fit(6)
     assert rates == pytest.approx([1e-3] * 3 + [2e-4] * 3)
+    net, calls = quantized()
+    rates.clear()
+    train(net, branches(net), calls, 4, 1, 1e-3, 0.0, 0, factor=0.1)
+    assert rates == pytest.approx([1e-3] * 2 + [1e-4] * 2)
 
 
 def test_training_that_does_not_lower_the_loss_is_undone(caplog: pytest.LogCaptureFixture) -> None:
