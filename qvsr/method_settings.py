@@ -48,6 +48,24 @@ class MaxMinSettings(Settings):
     ema: float = Field(0.95, gt=0, lt=1, description="decay of the static activation range over calibration batches")
 
 
+class PassionSRSettings(Settings):
+    """PassionSR (arXiv 2411.17106)."""
+
+    channel_split: bool = Field(True, description="two halves of the input channels with bounds of their own")
+    transform: bool = Field(True, description="the learnable equivalent transform, a factor and an offset per input channel; else none")
+    alpha: float = Field(0.3, ge=0, le=1, description="the factors start as amax^alpha / wmax^alpha")
+    ema: float = Field(0.95, gt=0, lt=1, description="decay of the starting activation range over calibration samples")
+    transform_epochs: float = Field(
+        2, ge=0, description="passes over the calibration samples that train the transform, one sample an update"
+    )
+    transform_learning_rate: float = Field(1e-5, gt=0, description="of the transform; a tenth of it in the second half of the updates")
+    bounds_epochs: float = Field(2, ge=0, description="passes that train the bounds of weights and activations; 0: minimum and maximum")
+    bounds_learning_rate: float = Field(1e-5, gt=0, description="of the bounds; a tenth of it in the second half of the updates")
+    relative: bool = Field(
+        False, description="learning rates count in units of each factor's or range's own size at the start, not in its own unit"
+    )
+
+
 class QuaRotSettings(Settings):
     """Rotate, then round (arXiv 2404.00456)."""
 
@@ -136,6 +154,7 @@ class MethodSettings(Settings):
         ("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix"
     )
     maxmin: MaxMinSettings = MaxMinSettings()
+    passionsr: PassionSRSettings = PassionSRSettings()
     quarot: QuaRotSettings = QuaRotSettings()
     q_diffusion: QDiffusionSettings = QDiffusionSettings()
     quantvsr: QuantVSRSettings = QuantVSRSettings()
