@@ -75,15 +75,18 @@ def passionsr(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modu
     for name, one in learned.items():
         apply.replace(unet, name, one)
     losses, trained = {}, 0
-    for what in ("transform", "bounds"):
-        if what == "bounds":
-            for one in learned.values():
-                one.fix_weight_bounds()
-        parameters = [parameter for one in learned.values() for parameter in getattr(one, what)()]
-        epochs, rate = getattr(settings, f"{what}_epochs"), getattr(settings, f"{what}_learning_rate")
-        if parameters and epochs:
-            losses[f"train_{what}"] = _train(unet, parameters, calibration, epochs, rate, spec.seed, f"train {what}").summary()
-            trained += sum(parameter.numel() for parameter in parameters)
+    parameters = [parameter for one in learned.values() for parameter in one.transform()]
+    if parameters and settings.transform_epochs:
+        curve = _train(
+            unet, parameters, calibration, settings.transform_epochs, settings.transform_learning_rate, spec.seed, "train transform"
+        )
+        losses["train_transform"], trained = curve.summary(), trained + sum(parameter.numel() for parameter in parameters)
+    for one in learned.values():
+        one.fix_weight_bounds()
+    parameters = [parameter for one in learned.values() for parameter in one.bounds()]
+    if settings.bounds_epochs:
+        curve = _train(unet, parameters, calibration, settings.bounds_epochs, settings.bounds_learning_rate, spec.seed, "train bounds")
+        losses["train_bounds"], trained = curve.summary(), trained + sum(parameter.numel() for parameter in parameters)
     for name, one in learned.items():
         apply.replace(unet, name, one.quant_layer())
     apply.freeze(unet)
