@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -21,6 +21,9 @@ from qvsr.registry import suggest
 from qvsr.settings import Settings
 
 BITS = re.compile(r"^W([2-8]|32)A([2-8]|32)$")
+SpecBits = Annotated[
+    Literal[2, 3, 4, 5, 6, 7, 8, 16], Field(description="16 is nearly full precision: for tests of methods, not for tables")
+]
 
 
 class ConfigError(ValueError):
@@ -312,8 +315,8 @@ class QuantSpec(Settings):
     """What a method gets beside the model and the calibration set."""
 
     method: str
-    weight_bits: int = Field(ge=2, le=8)
-    act_bits: int = Field(ge=2, le=8)
+    weight_bits: SpecBits
+    act_bits: SpecBits
     exclude: tuple[str, ...] = MethodSettings().exclude
     settings: dict[str, Any] = Field(default_factory=dict, description="the method's own settings, as plain values")
     seed: int = 42

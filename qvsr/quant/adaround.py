@@ -68,8 +68,8 @@ class Rounding:
         return (q - self.zero_point) * self.scale
 
     def integers(self) -> Tensor:
-        """The decided integers, uint8."""
-        return (self.below + (self.v >= 0) + self.zero_point).clamp_(0, affine.levels(self.bits)).to(torch.uint8)
+        """The decided integers."""
+        return (self.below + (self.v >= 0) + self.zero_point).clamp_(0, affine.levels(self.bits)).to(affine.storage(self.bits))
 
     def hard(self) -> Tensor:
         """The weight that the decided integers stand for."""

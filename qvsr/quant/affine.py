@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SCALE_FLOOR = 1e-4
+BITS = (*range(2, 9), 16)
 
 
 def levels(bits: int) -> int:
@@ -22,9 +23,18 @@ def levels(bits: int) -> int:
     >>> levels(4)
     15
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"{bits} bits cannot be quantized to: 2 to 8 can")
+    if bits not in BITS:
+        raise ValueError(f"{bits} bits cannot be quantized to: 2 to 8 can, and 16 for comparison with full precision")
     return int(2**bits - 1)
+
+
+def storage(bits: int) -> torch.dtype:
+    """Type of the integers in memory; torch does little with uint16.
+
+    >>> storage(8), storage(16)
+    (torch.uint8, torch.int32)
+    """
+    return torch.uint8 if bits <= 8 else torch.int32
 
 
 def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +73,7 @@ def qparams(low: Tensor, high: Tensor, bits: int, floor: float = SCALE_FLOOR, cl
 
     Args:
         low, high: same shape, any.
-        floor: smallest scale.
+        floor: smallest scale; beyond 8 bits, for which nothing is published, it shrinks with the levels: the range has the same floor.
         clamp_zero_point: widen the range to contain 0, so that the zero point is one of the integers; the published
             quantizer does not.
     Returns:
@@ -71,13 +81,13 @@ def qparams(low: Tensor, high: Tensor, bits: int, floor: float = SCALE_FLOOR, cl
     """
     if clamp_zero_point:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / levels(bits)).clamp_min(floor)
+    scale = ((high - low) / levels(bits)).clamp_min(floor * min(1.0, levels(8) / levels(bits)))
     return scale, torch.round(-low / scale)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Integers of `x`, uint8, shaped as `x`; `scale` and `zero_point` broadcast."""
-    return (torch.round(x / scale) + zero_point).clamp_(0, levels(bits)).to(torch.uint8)
+    """Integers of `x` (:func:`storage`), shaped as `x`; `scale` and `zero_point` broadcast."""
+    return (torch.round(x / scale) + zero_point).clamp_(0, levels(bits)).to(storage(bits))
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def gptq(
         block: columns whose updates of later columns are applied at once; does not change the result but for float rounding.
         act_order: round the columns with the largest diagonal first, instead of from the first to the last.
     Returns:
-        uint8 ``(N, K)``. Inputs that were never seen (a zero on the diagonal) are rounded to nearest; the published code sets them to 0.
+        integers ``(N, K)``. Inputs that were never seen (a zero on the diagonal) are rounded to nearest; the published code sets them to 0.
     Raises:
         QuantError: a Hessian that is not positive even with damping.
 
@@ -157,7 +157,7 @@ def gptq(
     # row i of the upper factor of the inverse: by how much each later column makes up for column i
     spread = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
     weight, scale, zero_point = weight_NK.double()[:, order], scale_NK[:, order], zero_point_NK[:, order]
-    integers = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    integers = torch.empty(weight.shape, dtype=affine.storage(bits), device=weight.device)
     for start in range(0, count, block):
         end = min(start + block, count)
         errors = torch.empty_like(weight[:, start:end])

@@ -81,7 +81,7 @@ class LayerPlan:
     """What a method decides for one layer.
 
     Attributes:
-        weight_bits, act_bits: 2 to 8.
+        weight_bits, act_bits: 2 to 8, or 16: nearly full precision, for tests of methods.
         parts: sizes of the parts that the input channels are cut into; empty: one part.
         rotate: rotate each part whose size has a Hadamard matrix.
         rank: of the low-rank branch; 0: no branch.
@@ -367,7 +367,7 @@ class QuantLayer(nn.Module):
         return weights
 
     def integers(self) -> Tensor:
-        """The integer weight ``(N, K, *kernel)``, uint8."""
+        """The integer weight ``(N, K, *kernel)``, uint8 up to 8 bits."""
         if self.weight_q is not None:
             return self.weight_q
         with torch.no_grad():
@@ -395,13 +395,15 @@ class QuantLayer(nn.Module):
         """:meth:`freeze` with integers of the method's own choice instead of the nearest; scales and zero points stay.
 
         Args:
-            integers: uint8 ``(N, K, *kernel)``, 0 to 2^bits - 1, on the grid of :meth:`rounding`.
+            integers: uint8 (16 bits: int32) ``(N, K, *kernel)``, 0 to 2^bits - 1, on the grid of :meth:`rounding`.
         Raises:
             QuantError: another shape or type, or an integer beyond the bits.
         """
-        if integers.dtype != torch.uint8 or tuple(integers.shape) != self.geometry.weight_shape:
+        needed = affine.storage(self.weight_bits)
+        if integers.dtype != needed or tuple(integers.shape) != self.geometry.weight_shape:
             found = f"{integers.dtype} {tuple(integers.shape)}"
-            raise QuantError(f"{self.name}: integers are {found}, uint8 {self.geometry.weight_shape} is needed")
+            wanted = f"{str(needed).removeprefix('torch.')} {self.geometry.weight_shape}"
+            raise QuantError(f"{self.name}: integers are {found}, {wanted} is needed")
         if int(integers.max()) > affine.levels(self.weight_bits):
             raise QuantError(f"{self.name}: integer {int(integers.max())} is beyond {self.weight_bits} bits")
         self.weight_q = integers

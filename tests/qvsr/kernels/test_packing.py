@@ -12,7 +12,7 @@ from qvsr.kernels.packing import pack, packed_size, unpack
 
 @st.composite
 def values(draw: st.DrawFn) -> tuple[int, list[int]]:
-    bits = draw(st.integers(2, 8))
+    bits = draw(st.sampled_from([*range(2, 9), 16]))
     return bits, draw(st.lists(st.integers(0, 2**bits - 1), max_size=67))
 
 
@@ -26,7 +26,7 @@ def bit_stream(numbers: list[int], bits: int) -> list[int]:
 @given(values())
 def test_round_trip_and_layout(case: tuple[int, list[int]]) -> None:
     bits, numbers = case
-    tensor = torch.tensor(numbers, dtype=torch.uint8)
+    tensor = torch.tensor(numbers, dtype=torch.uint8 if bits <= 8 else torch.int32)
     packed = pack(tensor, bits)
     assert packed.dtype == torch.uint8 and packed.tolist() == bit_stream(numbers, bits)
     assert packed.numel() == packed_size(len(numbers), bits)
@@ -48,6 +48,9 @@ def test_strided_input_is_read_row_by_row() -> None:
     [
         (lambda: pack(torch.tensor([16], dtype=torch.uint8), 4), "value 16 does not fit in 4 bits"),
         (lambda: pack(torch.tensor([1]), 4), "uint8 is needed"),
+        (lambda: pack(torch.zeros(1, dtype=torch.uint8), 16), "values are torch.uint8, int32 is needed"),
+        (lambda: pack(torch.tensor([2**16], dtype=torch.int32), 16), "value 65536 does not fit in 16 bits"),
+        (lambda: pack(torch.tensor([3, -1], dtype=torch.int32), 16), "value -1 does not fit in 16 bits"),
         (lambda: pack(torch.zeros(1, dtype=torch.uint8), 9), "9 bits cannot be packed: 2 to 8 can"),
         (lambda: unpack(torch.zeros(3, dtype=torch.uint8), 4, 7), "3 bytes do not hold 7 values of 4 bits"),
         (lambda: unpack(torch.zeros(2, 2, dtype=torch.uint8), 4, 8), "one-dimensional uint8"),

@@ -63,7 +63,17 @@ def test_gradient_passes_inside_only_and_not_to_scale() -> None:
     assert scale.grad is None
 
 
-@pytest.mark.parametrize("bits", [1, 9])
+def test_sixteen_bits_have_the_published_floor_of_the_range_not_of_the_step() -> None:
+    """1e-4 is a smallest step of 8 bits and fewer; at 16 it would be coarser than the range over the levels asks for."""
+    low, high = torch.tensor([0.0, -0.01]), torch.tensor([6.0, 0.01])
+    assert torch.equal(affine.qparams(low, high, 8)[0], torch.tensor([6 / 255, 1e-4]))
+    assert torch.allclose(affine.qparams(low, high, 16)[0], torch.tensor([6 / 65535, 1e-4 / 257]))  # 65535 = 257 * 255
+    x = torch.linspace(0, 6, 1001)
+    assert (affine.round_to_grid(x, *affine.qparams(x.min(), x.max(), 16), 16) - x).abs().max() < 0.51 * 6 / 65535
+    assert affine.quantize(x, *affine.qparams(x.min(), x.max(), 16), 16).max() == 65535
+
+
+@pytest.mark.parametrize("bits", [1, 9, 15, 17])
 def test_bits_out_of_range(bits: int) -> None:
     with pytest.raises(ValueError, match=f"{bits} bits cannot be quantized to: 2 to 8 can"):
         affine.qparams(torch.zeros(1), torch.ones(1), bits)
