@@ -27,6 +27,11 @@ include: "workflow/rules/figures.smk"
 include: "workflow/rules/mini.smk"
 
 
+for rules_of_the_user in plan.rules():
+
+    include: rules_of_the_user
+
+
 rule all:
     default_target: True
     input:

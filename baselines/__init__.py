@@ -1,6 +1,9 @@
 """Methods to compare: one file each, registered by name when this package is imported."""
 
-import qvsr.quantvsr  # noqa: F401  (registers quantvsr)
-from baselines import full_precision, maxmin, passionsr, q_diffusion, quarot, svdquant, vidit_q
+import importlib
+import pkgutil
 
-__all__ = ["full_precision", "maxmin", "passionsr", "q_diffusion", "quarot", "svdquant", "vidit_q"]
+import qvsr.quantvsr  # noqa: F401  (registers quantvsr)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

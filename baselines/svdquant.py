@@ -18,11 +18,12 @@ layer that is quantized gets smoothing and branch, as for every method here. A c
 factor, and a group, is input channels with all their taps. Kernels larger than 1x1 sum over pixels, so their activations have a range per frame
 and group instead of per pixel.
 
-Deviations: layers that read one tensor (q, k, v) are searched one by one, where the original shares s and the input side of the branch. Factors are
-scaled to geometric mean 1, which changes no product. The rank is limited to what a weight can have; in a narrow network a full-rank branch takes the
-whole layer and leaves nothing to round (the header counts the layers limited). Activations are asymmetric, where the original shifts those that
-are then at least 0 to unsigned. The float64 eigenvectors of the Gram matrix replace the SVD (same product). Residuals are rounded to
-nearest, or with ``weights: gptq`` by GPTQ (1 % damping, columns in order of their inputs' size) after the searches, which always round to nearest.
+Deviations: layers that read one tensor (q, k, v) are searched one by one, where the original shares s and the input side of the branch. Factors
+are scaled to geometric mean 1, which changes no product. A rank that a weight cannot have is refused; with ``limit_ranks`` such a layer gets
+the highest it can, as in the released code (the header counts them), but a full-rank branch takes the whole layer and leaves nothing to round.
+Activations are asymmetric, where the original shifts those that are then at least 0 to unsigned. The float64 eigenvectors of the Gram matrix
+replace the SVD (same product). Residuals are rounded to nearest, or with ``weights: gptq`` by GPTQ (1 % damping, columns in order of their
+inputs' size) after the searches, which always round to nearest.
 
 Cost: one call a calibration sample for ``amax``; then, per layer, 39 decompositions and 39 times its `samples` calls, plus one of each a round.
 Layer inputs are held 256 MiB at a time, each a pass through those samples: at the published size about one a layer. The branch is R (N + K taps)
@@ -42,7 +43,7 @@ from qvsr.method_settings import SVDQuantSettings
 from qvsr.progress import progress
 from qvsr.quant import apply, low_rank
 from qvsr.quant.gptq import round_layers
-from qvsr.quant.layer import LayerPlan, QuantLayer
+from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer
 from qvsr.quant.observe import observe_inputs
 from qvsr.quant.refine import Sample, Samples, call
 from qvsr.quant.smoothing import factors, input_amax, weight_amax
@@ -65,9 +66,12 @@ def svdquant(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
     Returns:
         the same network with its layers replaced by frozen :class:`QuantLayer`; exponents, rounds and relative squared output error of each layer
         (before GPTQ) are noted on it for the checkpoint.
+    Raises:
+        QuantError: a rank that a layer's weight cannot have, without `limit_ranks`.
     """
     settings = SVDQuantSettings.model_validate(spec.settings)
     modules = apply.quantizable(unet, spec.exclude)
+    ranks = layer_ranks(modules, settings)
     plan = LayerPlan(spec.weight_bits, spec.act_bits)
     if settings.granularity == "native":
         plan = replace(plan, act_granularity="token", weight_symmetric=True)
@@ -75,17 +79,15 @@ def svdquant(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
     candidates = CANDIDATES if settings.smooth else CANDIDATES[:1]
     made: dict[str, QuantLayer] = {}
     chosen: dict[str, dict[str, float]] = {}
-    limited = 0
     with progress("smoothing and branches") as report:
         for batch in recorded_inputs(unet, modules, calibration, settings.samples):
             for name, inputs in batch.items():
                 weight: Tensor = modules[name].weight  # type: ignore[assignment]
-                rank = min(settings.rank, low_rank.rank_limit(weight))
                 parts = groups(weight.shape[1], settings.group_size) if settings.granularity == "native" else ()
-                search = LayerSearch(modules[name], replace(plan, rank=rank, parts=parts), name, inputs)
+                search = LayerSearch(modules[name], replace(plan, rank=ranks[name], parts=parts), name, inputs)
                 pair = search.search_smoothing(amax[name][0], candidates)
                 rounds = search.iterate_branch(settings.iterations)
-                made[name], limited = search.layer, limited + (rank < settings.rank)
+                made[name] = search.layer
                 chosen[name] = {"alpha": pair[0], "beta": pair[1], "rounds": rounds, "error": float(f"{search.relative_error:.6g}")}
                 report(len(made), len(modules))
             layers = {name: made[name] for name in batch}
@@ -95,8 +97,23 @@ def svdquant(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
                 if layer.is_open:
                     layer.freeze()
     apply.quantize_layers(unet, spec.exclude, lambda name, _module: made[name])
-    apply.note(unet, searched=chosen, ranks_limited=limited)
+    apply.note(unet, searched=chosen, ranks_limited=sum(rank < settings.rank for rank in ranks.values()))
     return unet
+
+
+def layer_ranks(modules: Mapping[str, nn.Module], settings: SVDQuantSettings) -> dict[str, int]:
+    """Rank of every layer's branch."""
+    ranks = {}
+    for name, module in modules.items():
+        limit = low_rank.rank_limit(module.weight)  # type: ignore[arg-type]
+        if settings.rank > limit and not settings.limit_ranks:
+            shape = tuple(module.weight.shape)  # type: ignore[union-attr,operator]
+            raise QuantError(
+                f"svdquant: {name} cannot have rank {settings.rank}: the limit of its weight {shape} is {limit}; "
+                f"lower method.svdquant.rank to {limit}, or set limit_ranks: true"
+            )
+        ranks[name] = min(settings.rank, limit)
+    return ranks
 
 
 class LayerSearch:

@@ -18,7 +18,9 @@ import yaml
 
 from qvsr import plan
 from qvsr.config import Config, ConfigError, explain, schema
+from qvsr.method_settings import PluginSettings
 from qvsr.provenance import atomic_path
+from qvsr.registry import BASELINES, load_plugin
 
 app = typer.Typer(
     name="qvsr",
@@ -76,11 +78,22 @@ def compute(config: Config) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
+def check_plugins(config: Config) -> None:
+    """Load the installed packages whose methods are listed, and let their classes check the settings."""
+    for name in config.methods:
+        base, own = config.resolve_method(name)
+        if isinstance(own, PluginSettings):
+            load_plugin(base)
+            config.plugin_settings(name, BASELINES[base].facts.get("settings"))
+
+
 @config_app.command("check")
 def config_check(path: Annotated[Path, typer.Argument(help="settings, YAML")] = plan.DEFAULT, set_: SetOption = None) -> None:
     """Say whether settings can work, and what would run."""
     config = settings(path, set_)
     plan.check_protocol(config)
+    plan.check_external(config)
+    check_plugins(config)
     run = plan.Plan(config)
     clips = run.pairs()
     typer.echo(f"{path}: fine; {len(run.rows())} rows, {len(clips)} clips, {len(config.metrics)} metrics, output in {config.output}")
@@ -151,6 +164,8 @@ def quantize(
     import baselines  # noqa: F401  (fills the registry)
     from qvsr.stages import quantize as stage
 
+    load_plugin(resolved.resolve_method(method)[0])
+
     stage.run(resolved, method, bits, calibration, out)
 
 
@@ -183,6 +198,7 @@ def measure(
     dataset: Annotated[str, typer.Option()] = "",
     method: MethodOption = "",
     bits: BitsOption = "",
+    execution: Annotated[str, typer.Option(help="how the frames were made: simulated, or external (another program)")] = "simulated",
     set_: SetOption = None,
 ) -> None:
     """Measure one restored clip: one JSON line per metric."""
@@ -192,7 +208,7 @@ def measure(
     import metrics as registered  # noqa: F401  (fills the registry)
     from qvsr.stages import measure as stage
 
-    stage.run(resolved, pred, gt, fp, dataset, method, bits, out)
+    stage.run(resolved, pred, gt, fp, dataset, method, bits, execution, out)
 
 
 @app.command()

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from qvsr.method_settings import MethodSettings
-from qvsr.registry import suggest
+from qvsr.method_settings import MethodSettings, PluginSettings, unread
+from qvsr.registry import plugins, suggest
 from qvsr.settings import Settings
 
 BITS = re.compile(r"^W([2-8]|32)A([2-8]|32)$")
@@ -206,6 +206,25 @@ class VariantSettings(Settings):
     settings: dict[str, Any] = Field(default_factory=dict, description="keys of method.METHOD that differ; the others are that method's")
 
 
+class ExternalSettings(Settings):
+    """A row whose frames another program writes, by a Snakemake rule of one's own (docs/add-a-baseline.md)."""
+
+    rules: Path = Field(
+        description="Snakemake file with the rule that writes OUTPUT/restored/DATASET/NAME-BITS/CLIP; it joins the workflow"
+    )
+    bits: tuple[str, ...] = Field(("W32A32",), description="bits that stand in its rows, one row each; W32A32: not quantized")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_known(cls, bits: tuple[str, ...]) -> tuple[str, ...]:
+        for one in bits:
+            if not BITS.match(one) or bits.count(one) > 1:
+                raise ValueError(f"bits {one!r}: each is WxAy with x and y from 2 to 8 or 32, such as W4A4, and is listed once")
+        if not bits:
+            raise ValueError("bits is empty: it would have no row")
+        return bits
+
+
 class TrainingStage(Settings):
     """One stage of training the small model."""
 
@@ -245,11 +264,14 @@ class Config(Settings):
     evaluate: tuple[str, ...] = Field(description="names of the datasets that are measured")
     calibration: CalibrationSettings = CalibrationSettings()
     methods: tuple[str, ...] = Field(
-        ("maxmin", "quantvsr"), description="quantization methods in the tables: names of baselines or of variants"
+        ("maxmin", "quantvsr"), description="methods in the tables: names of baselines, of variants or of external rows"
     )
     bits: tuple[str, ...] = Field(("W8A8", "W6A6", "W4A4"), description="bit widths, each WxAy with x and y from 2 to 8")
     method: MethodSettings = MethodSettings()
     variants: dict[str, VariantSettings] = Field(default_factory=dict, description="methods with other settings, by a name of their own")
+    external: dict[str, ExternalSettings] = Field(
+        default_factory=dict, description="rows whose frames another program writes, by a name of their own"
+    )
     metrics: tuple[str, ...] = Field(
         ("psnr", "ssim", "gmsd", "ssim_gradient", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
     )
@@ -298,7 +320,7 @@ class Config(Settings):
         """
         variant = self.variants.get(name)
         method = name if variant is None else variant.method
-        own = getattr(self.method, method, None)
+        own = getattr(self.method, method, PluginSettings() if method in plugins() else None)
         own = own if isinstance(own, Settings) else None
         if variant is None or not variant.settings:
             return method, own
@@ -309,6 +331,36 @@ class Config(Settings):
             return method, type(own).model_validate(merge(own.model_dump(), variant.settings))
         except ValidationError as error:
             raise ConfigError(describe(error, where, type(own))) from None
+
+    def plugin_settings(self, name: str, owner: Any) -> dict[str, Any]:
+        """Settings of an installed package's method, or of a variant of one, its own defaults included, as plain values.
+
+        Args:
+            name: as in `methods`.
+            owner: the pydantic class in the method's decorator; None where it has no settings.
+        Raises:
+            ConfigError: a setting that the method does not have, that cannot work or that it does not read; one line with its name.
+        """
+        method, own = self.resolve_method(name)
+        given = own.model_dump() if own is not None else {}
+        written = self.variants[name].settings if name in self.variants else given
+        where = f"variants.{name}.settings" if name in self.variants else f"method.{method}"
+        if owner is None and given:
+            raise ConfigError(f"{where}: unknown key {next(iter(given))}: {method} of {plugins()[method]} has no settings")
+        if owner is None:
+            return {}
+        for key in given:
+            if key not in owner.model_fields and owner.model_config.get("extra") != "allow":
+                raise ConfigError(f"{where}: unknown key {key}: {suggest('key', key, owner.model_fields)}")
+        try:
+            whole = owner.model_validate(given).model_dump(mode="json")
+        except ValidationError as error:
+            raise ConfigError(describe(error, where, owner)) from None
+        for key in written:
+            needed = unread(owner, key, whole)
+            if needed:
+                raise ConfigError(unread_message(where, key, needed))
+        return dict(whole)
 
 
 class QuantSpec(Settings):
@@ -324,6 +376,11 @@ class QuantSpec(Settings):
     @property
     def bits(self) -> str:
         return f"W{self.weight_bits}A{self.act_bits}"
+
+
+def unread_message(where: str, key: str, needed: str) -> str:
+    """One line for a setting that its method does not read beside the others."""
+    return f"{where}.{key}: it is read with {needed} only; leave it out or set that"
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -355,6 +412,9 @@ def describe(error: ValidationError, source: str, root: type[Settings] | None = 
     """One line for the first thing wrong in a settings file, or in a part of one whose class is `root`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unknown_key":  # of a class that knows its keys by itself
+        key, known = first["ctx"]["key"], first["ctx"]["known"]
+        return f"{source}: unknown key {where}.{key}: {suggest('key', key, known)}"
     if first["type"] == "extra_forbidden":
         owner = _settings_at(first["loc"][:-1], root or Config)
         known = ", ".join(owner.model_fields) if owner else "see config/README.md"
@@ -399,6 +459,14 @@ def validate(data: Mapping[str, Any], source: str) -> Config:
 
 def read(path: Path) -> dict[str, Any]:
     """Plain values of a settings file, its `extends` chain merged; nothing is validated yet."""
+    data: dict[str, Any] = {}
+    for one in layers(path):
+        data = merge(data, one)
+    return data
+
+
+def layers(path: Path) -> list[dict[str, Any]]:
+    """Plain values of a settings file and of those that it extends, the furthest first."""
     if not path.is_file():
         raise ConfigError(f"no configuration {path}; try config/default.yaml")
     try:
@@ -408,7 +476,7 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping of settings is expected, found {type(data).__name__}")
     parent = data.pop("extends", None)
-    return merge(read(path.parent / parent), data) if parent else data
+    return [*(layers(path.parent / parent) if parent else []), data]
 
 
 def schema() -> str:

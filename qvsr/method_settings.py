@@ -5,16 +5,32 @@ The defaults are those of the papers or, where a paper says nothing, of their re
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from qvsr.registry import plugins
 from qvsr.settings import Settings
+
+# What a method does not read is refused, not ignored: a class whose settings count only beside others says which in `READ_IF`, keys (several
+# separated by spaces) and what must hold of the others. True stands for "switched on" (true, or a number above 0); all conditions of a mapping
+# must hold, and of several mappings one suffices. Refused is a key that somebody wrote (qvsr.plan.check_read), never a default, and never
+# `false`, which leaves off what is off anyway.
+ReadIf = Mapping[str, tuple[Mapping[str, Any], ...]]
 
 
 class QuantVSRSettings(Settings):
     """QuantVSR (arXiv 2508.04485); each part can be switched off."""
 
+    READ_IF: ClassVar[ReadIf] = {
+        "stca refine rank_min": ({"branch": True},),
+        "rank_max rank_multiple quantile": ({"branch": True, "stca": True},),
+        "refine_updates": ({"branch": True, "refine": True},),
+        "lba_updates": ({"lba": True},),
+        "accumulate learning_rate weight_decay": ({"branch": True, "refine": True}, {"lba": True}),
+    }
     channel_split: bool = Field(True, description="two halves of the input channels with a scale of their own")
     rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
     branch: bool = Field(True, description="the full-precision low-rank branch")
@@ -41,6 +57,7 @@ class QuantVSRSettings(Settings):
 class MaxMinSettings(Settings):
     """Round to nearest with min/max ranges (arXiv 1712.05877)."""
 
+    READ_IF: ClassVar[ReadIf] = {"ema": ({"activations": "static"},)}
     activations: Literal["dynamic", "static"] = Field(
         "dynamic", description="range of each call (dynamic), or an average over the calibration samples (static)"
     )
@@ -69,6 +86,7 @@ class PassionSRSettings(Settings):
 class QuaRotSettings(Settings):
     """Rotate, then round (arXiv 2404.00456)."""
 
+    READ_IF: ClassVar[ReadIf] = {"gptq_damp gptq_act_order gptq_rows": ({"weights": "gptq"},)}
     weights: Literal["rtn", "gptq"] = Field("rtn", description="weights to nearest, or by GPTQ on the calibration samples")
     granularity: Literal["shared", "native"] = Field(
         "shared",
@@ -84,13 +102,18 @@ class QuaRotSettings(Settings):
 class SVDQuantSettings(Settings):
     """SVDQuant (arXiv 2411.05007)."""
 
+    READ_IF: ClassVar[ReadIf] = {"group_size": ({"granularity": "native"},), "gptq_rows": ({"weights": "gptq"},)}
     granularity: Literal["shared", "native"] = Field(
         "shared",
         description="shared: asymmetric weights per output channel, activations per tensor; "
         "native: symmetric weights and per-token activations in groups of input channels",
     )
     group_size: int = Field(64, ge=1, description="input channels of a group at native granularity; the last group may be smaller")
-    rank: int = Field(32, ge=1, description="of every branch; a layer gets no more than its weight can have")
+    rank: int = Field(32, ge=1, description="of every branch")
+    limit_ranks: bool = Field(
+        False,
+        description="give a layer whose weight cannot have its rank the highest it can, as the released code does; else such a rank is refused",
+    )
     smooth: bool = Field(True, description="search the smoothing factors of each layer; else none")
     iterations: int = Field(100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them")
     weights: Literal["rtn", "gptq"] = Field("rtn", description="what the branch leaves to nearest, or by GPTQ on the calibration samples")
@@ -101,6 +124,7 @@ class SVDQuantSettings(Settings):
 class ViDiTQSettings(Settings):
     """ViDiT-Q (arXiv 2406.02540)."""
 
+    READ_IF: ClassVar[ReadIf] = {"native_activations": ({"granularity": "native"},), "alpha ema": ({"balance": True},)}
     granularity: Literal["shared", "native"] = Field(
         "shared", description="shared: activations per tensor; native: per token or frame (native_activations)"
     )
@@ -127,6 +151,11 @@ class ViDiTQSettings(Settings):
 class QDiffusionSettings(Settings):
     """Q-Diffusion (arXiv 2302.04304); counts and rates are the released code's for Stable Diffusion where it has them."""
 
+    READ_IF: ClassVar[ReadIf] = {
+        "round_learning_rate round_weight round_warmup": ({"round_updates": True},),
+        "step_learning_rate": ({"step_updates": True},),
+        "samples keep_outputs batch": ({"round_updates": True}, {"step_updates": True}),
+    }
     shortcut_split: bool = Field(True, description="ranges of their own for the two sources of a decoder block's 1x1 skip convolution")
     range_samples: int = Field(16, ge=1, description="calibration samples that activation ranges are searched on")
     range_values: int | None = Field(
@@ -147,8 +176,20 @@ class QDiffusionSettings(Settings):
     step_learning_rate: float = Field(4e-4, gt=0, description="of the activation step sizes; falls to 0 along a cosine")
 
 
+class PluginSettings(Settings):
+    """Settings of an installed package's method as they were given; its own class checks them when the package is loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
 class MethodSettings(Settings):
-    """Settings of the methods, by method name; `exclude` and the seed are shared by all."""
+    """Settings of the methods, by method name; `exclude` and the seed are shared by all.
+
+    Beside the methods of our own there may be those that installed packages offer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, PluginSettings] = Field(init=False)
 
     exclude: tuple[str, ...] = Field(
         ("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix"
@@ -160,3 +201,39 @@ class MethodSettings(Settings):
     quantvsr: QuantVSRSettings = QuantVSRSettings()
     svdquant: SVDQuantSettings = SVDQuantSettings()
     vidit_q: ViDiTQSettings = ViDiTQSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_known(cls, given: Any) -> Any:
+        for name in given if isinstance(given, Mapping) else ():
+            if name not in cls.model_fields and name not in plugins():
+                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(name), "known": [*cls.model_fields, *plugins()]})
+        return given
+
+
+def unread(owner: Any, key: str, values: Mapping[str, Any]) -> str | None:
+    """What would have to hold for a setting to be read, if it is not read beside `values`; None if it is.
+
+    Args:
+        owner: the class of the settings; those of a plug-in need no `READ_IF`.
+        values: the settings, by key; what is absent has its default.
+
+    >>> unread(QuaRotSettings, "gptq_damp", {"gptq_damp": 0.1}), unread(QuaRotSettings, "gptq_damp", {"gptq_damp": 0.1, "weights": "gptq"})
+    ('weights: gptq', None)
+    """
+    read_if: ReadIf = getattr(owner, "READ_IF", {})
+    alternatives = next((conditions for keys, conditions in read_if.items() if key in keys.split()), ())
+    if values.get(key) is False or not alternatives:
+        return None
+
+    def holds(name: str, wanted: Any) -> bool:
+        found = values.get(name, owner.model_fields[name].get_default(call_default_factory=True))
+        return bool(found) if wanted is True else bool(found == wanted)
+
+    def shown(name: str, wanted: Any) -> str:
+        on = "true" if owner.model_fields[name].annotation is bool else "above 0"
+        return f"{name} {on}" if wanted is True and on != "true" else f"{name}: {on if wanted is True else wanted}"
+
+    if any(all(holds(name, wanted) for name, wanted in one.items()) for one in alternatives):
+        return None
+    return " or ".join(" and ".join(shown(name, wanted) for name, wanted in one.items()) for one in alternatives)

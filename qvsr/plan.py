@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qvsr import config as settings
-from qvsr.config import Config, ConfigError
+from qvsr.config import Config, ConfigError, unread_message
+from qvsr.method_settings import unread
 from qvsr.provenance import ROOT, atomic_path
-from qvsr.registry import suggest
+from qvsr.registry import PluginError, plugins, suggest
 from qvsr.settings import Settings
 
 DEFAULT = Path("config/default.yaml")
@@ -40,12 +41,14 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config
         ConfigError: one line that names the file and the key, an unknown method or metric included.
     """
     paths = [Path(file) for file in files] or [ROOT / DEFAULT]
+    layers = [layer for file in paths for layer in settings.layers(file)]
+    layers.append({key: value for key, value in overrides.items() if key != "extends"})
     data: dict[str, Any] = {}
-    for file in paths:
-        data = settings.merge(data, settings.read(file))
-    data = settings.merge(data, {key: value for key, value in overrides.items() if key != "extends"})
+    for layer in layers:
+        data = settings.merge(data, layer)
     config = settings.validate(data, " + ".join(_short(file) for file in paths))
     check_names(config)
+    check_read(config, layers)
     return config
 
 
@@ -56,9 +59,17 @@ def _short(file: Path) -> str:
 
 def check_names(config: Config) -> None:
     """Refuse a method or metric that no file declares, and a variant that cannot work, before anything is computed."""
-    methods = declared("baselines", "BASELINES") + declared("qvsr", "BASELINES")
+    own = declared("baselines", "BASELINES") + declared("qvsr", "BASELINES")
+    for plugin in plugins().values():
+        if plugin.name in (*own, *REFERENCES):
+            raise PluginError(
+                f"{plugin}: its method {plugin.name!r} has the name of one of ours; give its entry point another, or uninstall it"
+            )
+        if not NAME.match(plugin.name):
+            raise PluginError(f"{plugin}: {_named_badly(plugin.name)}")
+    methods = [*own, *plugins()]
     for kind, asked, known in (
-        ("method", config.methods, [*methods, "bicubic", *config.variants]),
+        ("method", config.methods, [*methods, "bicubic", *config.variants, *config.external]),
         ("metric", config.metrics, declared("metrics", "METRICS")),
     ):
         for name in asked:
@@ -69,10 +80,65 @@ def check_names(config: Config) -> None:
         if name in (*methods, *REFERENCES):
             raise ConfigError(f"variants.{name}: {name} is a row already, a variant needs a name of its own")
         if not NAME.match(name):
-            raise ConfigError(f"variants.{name}: name {name!r} is not made of letters, digits, '.', '_' and '-'; files are called by it")
+            raise ConfigError(f"variants.{name}: {_named_badly(name)}")
         if variant.method not in quantizing:
             raise ConfigError(f"variants.{name}.method: {suggest('method', variant.method, quantizing)}")
         config.resolve_method(name)
+    for name in config.external:
+        if name in (*methods, *REFERENCES, *config.variants):
+            raise ConfigError(f"external.{name}: {name} is a row already, an external one needs a name of its own")
+        if not NAME.match(name):
+            raise ConfigError(f"external.{name}: {_named_badly(name)}")
+
+
+def _named_badly(name: str) -> str:
+    return f"name {name!r} is not made of letters, digits, '.', '_' and '-'; files are called by it"
+
+
+def check_read(config: Config, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a setting that its method does not read beside its others: it would be without effect.
+
+    What a variant leaves out, or a file that extends another switches off, may still be written in what it is made from.
+
+    Args:
+        layers: the settings files that `config` was merged from and the overrides, in order. One that gives every key there is was written by
+            a run: nobody chose what stands in it.
+    """
+    before: Mapping[str, Any] = {}
+    for layer in layers:
+        after = settings.merge(before, layer)
+        if not set(Config.model_fields) <= set(layer):
+            _check_layer(config, before.get("method") or {}, layer.get("method") or {}, after.get("method") or {})
+        before = after
+    for name, variant in config.variants.items():
+        _, own = config.resolve_method(name)
+        for key in variant.settings:
+            needed = unread(type(own), key, own.model_dump()) if own is not None else None
+            if needed:
+                raise ConfigError(unread_message(f"variants.{name}.settings", key, needed))
+
+
+def _check_layer(config: Config, before: Mapping[str, Any], layer: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Keys of methods in one file: refused is what is not read with the settings up to it, and in the end neither by the method nor a variant."""
+    for name, given in layer.items():
+        own = getattr(config.method, name, None)
+        if not isinstance(own, Settings) or not isinstance(given, Mapping):
+            continue
+        rows = [own, *(config.resolve_method(row)[1] for row, variant in config.variants.items() if variant.method == name)]
+        for key, value in given.items():
+            old = before.get(name) or {}
+            if key in old and old[key] == value:  # Snakemake's overrides repeat what the file says
+                continue
+            needed = unread(type(own), key, after[name])
+            if needed and all(row is not None and unread(type(row), key, row.model_dump()) for row in rows):
+                raise ConfigError(unread_message(f"method.{name}", key, needed))
+
+
+def check_external(config: Config) -> None:
+    """Refuse an external row whose rules are not there."""
+    for name, external in config.external.items():
+        if not external.rules.is_file():
+            raise ConfigError(f"external.{name}.rules: no file {external.rules}; paths begin at the folder where snakemake runs")
 
 
 def check_protocol(config: Config) -> None:
@@ -134,6 +200,7 @@ class Plan:
         try:
             plan = cls(resolve(files, overrides))
             check_protocol(plan.config)
+            check_external(plan.config)
             plan.picture()  # finds every clip
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
@@ -156,6 +223,8 @@ class Plan:
         """Digest of the settings that quantizing with one method or variant reads; another's do not count."""
         base, own = self.config.resolve_method(method)
         values = [base, own.model_dump(mode="json") if own else None]
+        if base in plugins():
+            values.append(str(plugins()[base]))
         return _digest([values, self.digest("method.exclude", "backbone", "seed", "threads")])
 
     def clip_digest(self, dataset: str, clip: str) -> str:
@@ -178,14 +247,32 @@ class Plan:
         return [
             (method, bits)
             for method in self.config.methods
-            if method not in REFERENCES
+            if method not in REFERENCES and method not in self.config.external
             for bits in self.config.bits
             if bits != UNQUANTIZED_BITS
         ]
 
+    def external(self) -> list[tuple[str, str]]:
+        """(method, bits) of every row whose frames a rule of the user's own writes."""
+        rows = self.config.external
+        return [(method, bits) for method in self.config.methods if method in rows for bits in rows[method].bits]
+
     def rows(self) -> list[tuple[str, str]]:
         """(method, bits) of every row of the tables, those for orientation first."""
-        return [(method, UNQUANTIZED_BITS) for method in REFERENCES] + self.quantized()
+        return [(method, UNQUANTIZED_BITS) for method in REFERENCES] + self.quantized() + self.external()
+
+    def rules(self) -> list[str]:
+        """Files of the user's own with rules that join the workflow."""
+        return list(dict.fromkeys(str(external.rules.absolute()) for external in self.config.external.values()))
+
+    def restored_here(self) -> str:
+        """Pattern of the methods that the rule `restore` writes: all but external ones, for which there is another."""
+        names = "|".join(re.escape(name) for name in self.config.external)
+        return rf"(?!(?:{names})-W\d+A)[^/]+" if names else r"[^/]+"
+
+    def execution(self, method: str) -> str:
+        """How a row was computed, as its results say."""
+        return "external" if method in self.config.external else "simulated"
 
     def clips(self, dataset: str) -> list[str]:
         """Names of a dataset's clips."""
@@ -234,8 +321,8 @@ class Plan:
         ]
 
     def checkpoint(self, method: str, bits: str) -> list[str]:
-        """The quantized checkpoint that a restoration reads; none for what is not quantized."""
-        return [] if method in REFERENCES else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]
+        """The quantized checkpoint that a restoration reads; none for what is not quantized here."""
+        return [] if method in (*REFERENCES, *self.config.external) else [str(self.output / "quantized" / f"{method}-{bits}.safetensors")]
 
 
 def clip_name(folder: Path) -> str:

@@ -1,15 +1,27 @@
-"""Named plug-ins: one decorator to add, one error message when a name is unknown."""
+"""Named plug-ins: one decorator to add, one error message when a name is unknown.
+
+Methods of other packages are found by their entry points, which name a module in the group ``qvsr.baselines``: reading the names imports
+nothing, :func:`load_plugin` imports one when it is needed.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+PLUGINS = "qvsr.baselines"
+
 
 class UnknownNameError(ValueError):
     """A name that is in no list; the message says what would have worked."""
+
+
+class PluginError(ValueError):
+    """An installed package whose method cannot be used; the message names the package."""
 
 
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:
@@ -73,3 +85,55 @@ class Registry:
 
 BASELINES = Registry("method")
 METRICS = Registry("metric")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A method that an installed package offers; its module is not imported."""
+
+    name: str
+    package: str
+    version: str
+    entry: importlib.metadata.EntryPoint
+
+    def __str__(self) -> str:
+        return f"package {self.package} {self.version}"
+
+
+@functools.cache
+def plugins() -> dict[str, Plugin]:
+    """Methods of installed packages by name.
+
+    Raises:
+        PluginError: two packages offer one name.
+    """
+    found: dict[str, Plugin] = {}
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        package, version = (entry.dist.name, entry.dist.version) if entry.dist is not None else ("of no name", "")
+        one = Plugin(entry.name, package, version, entry)
+        other = found.setdefault(entry.name, one)
+        if other.package != package:
+            raise PluginError(f"{one}: its method {entry.name!r} is also that of {other}; uninstall one of them")
+    return found
+
+
+def load_plugin(name: str) -> None:
+    """Import the package that offers a method, which registers it; nothing for a method of our own.
+
+    Raises:
+        PluginError: the package cannot be imported, or does not register what its entry point promises.
+    """
+    plugin = plugins().get(name)
+    if plugin is None or name in BASELINES:
+        return
+    try:
+        plugin.entry.load()
+    except Exception as error:  # whatever a stranger's module does while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(
+            f"{plugin}: its method {name!r} cannot be loaded from {plugin.entry.value} ({reason}); repair or uninstall it"
+        ) from error
+    if name not in BASELINES:
+        raise PluginError(
+            f"{plugin}: loading {plugin.entry.value} registers no method {name!r}; its decorator must be @BASELINES.add({name!r})"
+        )

@@ -48,7 +48,9 @@ class Context(Settings):
     backbone: str
     method: str
     bits: str
-    execution: str = Field("simulated", description="simulated (floating point on rounded values) or packed (integers)")
+    execution: str = Field(
+        "simulated", description="simulated (floating point on rounded values), packed (integers) or external (another program)"
+    )
     seed: int
     dataset: str
     clip: str

@@ -339,7 +339,7 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
     rows = [cost(facts, "full_precision", "W32A32")]
     for bits in config.bits:
         for method in config.methods:
-            if method in ("full_precision", "bicubic"):
+            if method in ("full_precision", "bicubic", *config.external):
                 continue
             _, own = config.resolve_method(method)
             smallest = getattr(own, "rank_min", getattr(own, "rank", 0))  # a range of ranks, one rank, or no branch

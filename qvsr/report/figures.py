@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvsr.plan import REFERENCES
+from qvsr.plan import REFERENCES, UNQUANTIZED_BITS
 from qvsr.registry import METRICS
 from qvsr.report.tables import bits_order, ordered, plural, row_order
 from qvsr.results import Row, Summary
@@ -172,7 +172,7 @@ def by_bits(path: Path, rows: Iterable[Row], metric: str = "psnr_fp", methods: S
     Raises:
         FigureError: no row of the metric by a quantized method.
     """
-    drawn = [row for row in rows if row.metric == metric and row.method not in REFERENCES]
+    drawn = [row for row in rows if row.metric == metric and row.method not in REFERENCES and row.bits != UNQUANTIZED_BITS]
     if not drawn:
         raise FigureError(f"no {metric} of a quantized method among the results; add {metric} to metrics and measure")
     summaries = ordered(drawn, methods)

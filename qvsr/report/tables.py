@@ -198,6 +198,9 @@ def _footnotes(group: Sequence[Summary]) -> list[str]:
     if any(s.method == GROUND_TRUTH for s in group):
         notes.append("ground_truth is compared with itself; what moves in it has a warping error too, by which to read the others'.")
     executions = sorted({s.execution for s in group if s.method not in REFERENCES})
+    if "external" in executions:
+        executions.remove("external")
+        notes.append(f"Frames written by another program: {', '.join(sorted({s.method for s in group if s.execution == 'external'}))}.")
     if executions == ["simulated"]:
         notes.append("Quantized rows are simulated: floating point on rounded values.")
     if first.limit is not None:
@@ -213,7 +216,7 @@ def _wide(group: Sequence[Summary], style: Style) -> list[list[list[str]]]:
     """Blocks of lines of cells: the header, then one block a precision."""
     names = list(dict.fromkeys(s.metric for s in group))
     names = metric_order(names, names)
-    several = len({s.execution for s in group if s.method not in REFERENCES}) > 1
+    several = len({s.execution for s in group if s.method not in REFERENCES} - {"external"}) > 1
     header = ["Bits", "Method", *(_column(name, style) for name in names)]
     lines: dict[tuple[str, str, str], dict[str, Summary]] = {}
     for s in group:

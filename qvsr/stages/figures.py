@@ -26,7 +26,7 @@ def run(config: Config, measured: Sequence[Path], out: Path) -> None:
         dataset, clip = plan.Plan(config).picture()
         panels, frame = comparison_panels(config, rows, dataset, clip)
         comparison(partial / "comparison.png", panels, caption=f"{dataset}/{clip}, frame {frame}")
-        if config.methods:
+        if plan.Plan(config).quantized():
             by_bits(partial / f"{shown}.png", rows, shown, config.methods)
 
 

@@ -10,19 +10,20 @@ from qvsr.data.clips import read_frames_TCHW
 from qvsr.provenance import head
 
 
-def run(config: Config, pred: Path, gt: Path, fp: Path | None, dataset: str, method: str, bits: str, out: Path) -> None:
+def run(config: Config, pred: Path, gt: Path, fp: Path | None, dataset: str, method: str, bits: str, execution: str, out: Path) -> None:
     """Measure one clip and write one JSON line per metric.
 
     Args:
         pred: clip folder of restored frames, or of the ground truth itself.
         gt: clip folder of the ground truth.
         fp: clip folder of the full-precision output; needed by metrics that compare with it.
-        dataset: name of the dataset; stands in each line, as `method` and `bits` do.
+        dataset: name of the dataset; stands in each line, as `method`, `bits` and `execution` do.
     """
     context = results.Context(
         backbone=config.backbone.name,
         method=method,
         bits=bits,
+        execution=execution,
         seed=config.seed,
         dataset=dataset,
         clip=pred.name,

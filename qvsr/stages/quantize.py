@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qvsr.config import Config, QuantSpec, parse_bits
 from qvsr.provenance import code_digest
-from qvsr.registry import BASELINES
+from qvsr.registry import BASELINES, plugins
 
 CODE = ("qvsr/quant/**/*.py", "qvsr/quantvsr.py", "qvsr/kernels/**/*.py", "baselines/*.py")
 
@@ -19,7 +19,7 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
     """Quantize the backbone's U-Net.
 
     Args:
-        method: a registered method, or a variant of one; the package `baselines` must have been imported.
+        method: a registered method, or a variant of one; the package `baselines`, or the one that offers it, must have been imported.
         bits: such as W4A4.
         calibration: folder written by the calibrate stage.
         out: the checkpoint, safetensors; its header holds every setting that made it.
@@ -33,12 +33,16 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
     weight_bits, act_bits = parse_bits(bits)
     if 32 in (weight_bits, act_bits):
         raise QuantizeStageError(f"{method} {bits}: nothing to quantize; bits from 2 to 8 are, such as W4A4")
+    if base in plugins():
+        settings = config.plugin_settings(method, quantize.facts.get("settings"))
+    else:
+        settings = own.model_dump(mode="json") if own is not None else {}
     spec = QuantSpec(
         method=base,
         weight_bits=weight_bits,
         act_bits=act_bits,
         exclude=config.method.exclude,
-        settings=own.model_dump(mode="json") if own is not None else {},
+        settings=settings,
         seed=config.seed,
     )
     backbone = load_backbone(config.backbone)
@@ -54,4 +58,6 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
         "calibration": samples.digest,
         "code": code_digest(*CODE),
     }
+    if base in plugins():
+        header["plugin"] = str(plugins()[base])
     checkpoint.save(unet, out, header)

@@ -178,7 +178,7 @@ def test_gptq_rounds_the_residual_with_less_output_error() -> None:
 
 
 def test_the_rank_is_limited_by_the_layer_and_counted() -> None:
-    net, _ = quantized(rank=33, smooth=False, iterations=0)
+    net, _ = quantized(rank=33, limit_ranks=True, smooth=False, iterations=0)
     layers = apply.quant_layers(net)
     assert layers["body"].rank == layers["line"].rank == 32 and layers["tokens"].rank == 33
     assert apply.record(net)["ranks_limited"] == sum(layer.rank == 32 for layer in layers.values())
@@ -215,3 +215,6 @@ def test_refusals() -> None:
         method.svdquant(tiny.network(), [], tiny.spec("svdquant"))
     with pytest.raises(ValueError, match="ranks"):
         method.svdquant(tiny.network(), [], tiny.spec("svdquant", ranks=3))
+    message = r"svdquant: time_embed.2 cannot have rank 33: the limit of its weight \(32, 32\) is 32; lower method.svdquant.rank to 32, or set limit_ranks"
+    with pytest.raises(QuantError, match=message):
+        quantized(rank=33)

@@ -14,6 +14,7 @@ rule measure:
         mem_mb=1100,
     params:
         config=plan.settings_file,
+        execution=lambda wildcards: plan.execution(wildcards.method),
         settings=plan.digest("metrics", "protocol", "seed", "threads", "backbone.name"),
         code=code_digest(
             "qvsr/stages/measure.py",
@@ -25,4 +26,5 @@ rule measure:
         ),
     shell:
         "python -m qvsr measure --config {params.config} --pred {input.pred} --gt {input.gt} --fp {input.fp}"
-        " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits} --out {output} > {log} 2>&1"
+        " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits}"
+        " --execution {params.execution} --out {output} > {log} 2>&1"

@@ -7,6 +7,8 @@ rule restore:
         directory("<results>/restored/{dataset}/{method}-{bits}/{clip}"),
     log:
         "<results>/logs/restore/{dataset}/{method}-{bits}/{clip}.log",
+    wildcard_constraints:
+        method=plan.restored_here(),
     conda:
         "../../environment.yml"
     threads: plan.config.threads
