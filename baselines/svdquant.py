@@ -20,10 +20,10 @@ and group instead of per pixel.
 
 Deviations: layers that read one tensor (q, k, v) are searched one by one, where the original shares s and the input side of the branch. Factors
 are scaled to geometric mean 1, which changes no product. A rank that a weight cannot have is refused; with ``limit_ranks`` such a layer gets
-the highest it can, as in the released code (the header counts them), but a full-rank branch takes the whole layer and leaves nothing to round.
-Activations are asymmetric, where the original shifts those that are then at least 0 to unsigned. The float64 eigenvectors of the Gram matrix
-replace the SVD (same product). Residuals are rounded to nearest, or with ``weights: gptq`` by GPTQ (1 % damping, columns in order of their
-inputs' size) after the searches, which always round to nearest.
+the highest it can (the header counts them), but a full-rank branch takes the whole layer and leaves nothing to round. Activations are
+asymmetric, where the original shifts those that are then at least 0 to unsigned. The float64 eigenvectors of the Gram matrix replace the SVD
+(same product). Residuals are rounded to nearest, or with ``weights: gptq`` by GPTQ (1 % damping, columns in order of their inputs' size) after
+the searches, which always round to nearest.
 
 Cost: one call a calibration sample for ``amax``; then, per layer, 39 decompositions and 39 times its `samples` calls, plus one of each a round.
 Layer inputs are held 256 MiB at a time, each a pass through those samples: at the published size about one a layer. The branch is R (N + K taps)

@@ -112,7 +112,7 @@ class SVDQuantSettings(Settings):
     rank: int = Field(32, ge=1, description="of every branch")
     limit_ranks: bool = Field(
         False,
-        description="give a layer whose weight cannot have its rank the highest it can, as the released code does; else such a rank is refused",
+        description="give a layer whose weight cannot have its rank the highest it can; else such a rank is refused",
     )
     smooth: bool = Field(True, description="search the smoothing factors of each layer; else none")
     iterations: int = Field(100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them")
