@@ -7,7 +7,7 @@ READY := .venv/.ready
 SNAKEMAKE := $(BIN)/snakemake
 LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) # behind the targets: --resources takes all words that follow it
 
-.PHONY: all setup tables figures smoke test lint dry reference clean
+.PHONY: all setup tables figures smoke test lint dry reference new-baseline clean
 .DEFAULT_GOAL := tables
 
 setup: $(READY)
@@ -39,6 +39,9 @@ dry: $(READY)
 
 reference: tables  ## results/reference and the README's table from this run
 	$(BIN)/python scripts/update_readme.py
+
+new-baseline: $(READY)  ## NAME=mine: a method that runs as it is, its test and its configuration
+	@$(BIN)/python scripts/new_baseline.py "$(if $(filter command,$(origin NAME)),$$NAME)" # only as an argument of make: shells have a NAME too
 
 clean:  ## remove what the runs have written; weights and reference stay
 	rm -rf .snakemake results/clips results/calibration results/quantized results/restored results/measured results/tables \

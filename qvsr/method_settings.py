@@ -12,13 +12,12 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qvsr.registry import plugins
-from qvsr.settings import Settings
+from qvsr.settings import ReadIf, Settings
 
 # What a method does not read is refused, not ignored: a class whose settings count only beside others says which in `READ_IF`, keys (several
 # separated by spaces) and what must hold of the others. True stands for "switched on" (true, or a number above 0); all conditions of a mapping
 # must hold, and of several mappings one suffices. Refused is a key that somebody wrote (qvsr.plan.check_read), never a default, and never
 # `false`, which leaves off what is off anyway.
-ReadIf = Mapping[str, tuple[Mapping[str, Any], ...]]
 
 
 class QuantVSRSettings(Settings):

@@ -16,7 +16,7 @@ from typing import Any
 
 from qvsr import config as settings
 from qvsr.config import Config, ConfigError, unread_message
-from qvsr.method_settings import unread
+from qvsr.method_settings import MethodSettings, unread
 from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import PluginError, plugins, suggest
 from qvsr.settings import Settings
@@ -61,7 +61,7 @@ def check_names(config: Config) -> None:
     """Refuse a method or metric that no file declares, and a variant that cannot work, before anything is computed."""
     own = declared("baselines", "BASELINES") + declared("qvsr", "BASELINES")
     for plugin in plugins().values():
-        if plugin.name in (*own, *REFERENCES):
+        if plugin.name in (*own, *REFERENCES, *MethodSettings.model_fields):
             raise PluginError(
                 f"{plugin}: its method {plugin.name!r} has the name of one of ours; give its entry point another, or uninstall it"
             )

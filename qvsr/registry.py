@@ -129,7 +129,7 @@ def load_plugin(name: str) -> None:
     try:
         plugin.entry.load()
     except Exception as error:  # whatever a stranger's module does while it is imported
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise PluginError(
             f"{plugin}: its method {name!r} cannot be loaded from {plugin.entry.value} ({reason}); repair or uninstall it"
         ) from error

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from pydantic import BaseModel, ConfigDict
+
+ReadIf = Mapping[str, tuple[Mapping[str, Any], ...]]
 
 
 class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    READ_IF: ClassVar[ReadIf] = {}  # keys that are read beside other settings only, see qvsr/method_settings.py
