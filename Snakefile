@@ -24,6 +24,7 @@ include: "workflow/rules/restore.smk"
 include: "workflow/rules/measure.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/layers.smk"
 include: "workflow/rules/mini.smk"
 
 

@@ -27,6 +27,7 @@ Deviations:
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -75,17 +76,19 @@ def q_diffusion(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Mo
     chosen = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(spec.seed)).tolist()
     samples = [calibration[index] for index in chosen[: settings.samples]]
     network = Emulated(unet, modules, settings.keep_outputs)
-    losses = {}
+    losses, trained = {}, 0
     curves = round_weights(network, layers, samples, settings, spec.seed)
     if settings.round_updates:
         losses["round_weights"] = summary(curves)
+        trained += sum(math.prod(layer.geometry.weight_shape) for layer in layers.values())
     ranged = [calibration[index] for index in chosen[: settings.range_samples]]
     find_activation_ranges(network, layers, ranged, settings, spec.seed)
     if settings.step_updates:
         losses["train_steps"] = summary(train_steps(network, layers, samples, settings, spec.seed))
+        trained += sum(step.step.numel() for step in network.steps.values())
     apply.quantize_layers(unet, spec.exclude, lambda name, _module: layers[name])
     apply.freeze(unet)
-    apply.note(unet, losses=losses)
+    apply.note(unet, losses=losses, trained_params=trained)
     return unet
 
 

@@ -217,15 +217,18 @@ def tables(
     out: Out,
     measured: Annotated[list[Path], typer.Argument(help="files written by measure")],
     checkpoint: Annotated[list[Path] | None, typer.Option(help="quantized checkpoint whose cost is counted; may be repeated")] = None,
+    benchmarks: Annotated[
+        Path | None, typer.Option(help="folder of {method}-{bits}.tsv: time and memory of quantizing, by Snakemake")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Write the tables: metrics and cost as csv, Markdown and LaTeX."""
+    """Write the tables: metrics, cost and fairness card as csv, Markdown and LaTeX."""
     resolved = settings(config, set_)
     compute(resolved)
     import metrics as registered  # noqa: F401  (the tables need the metrics' facts)
     from qvsr.stages import tables as stage
 
-    stage.run(resolved, measured, checkpoint or [], out)
+    stage.run(resolved, measured, checkpoint or [], out, benchmarks)
 
 
 @app.command()
@@ -242,6 +245,23 @@ def figures(
     from qvsr.stages import figures as stage
 
     stage.run(resolved, measured, out)
+
+
+@app.command()
+def layers(
+    config: ConfigOption,
+    checkpoint: Annotated[Path, typer.Option(help="quantized checkpoint")],
+    calibration: Annotated[Path, typer.Option(help="folder written by calibrate")],
+    out: Annotated[Path, typer.Option("--out", help="csv; the figure appears beside it as png, each whole or not at all")],
+    samples: Annotated[int, typer.Option(min=1, help="calibration samples that are looked at, spread over timesteps and clips")] = 10,
+    set_: SetOption = None,
+) -> None:
+    """Report signal to quantization noise, ranges and complexity of every quantized layer."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    from qvsr.stages import layers as stage
+
+    stage.run(resolved, checkpoint, calibration, out, samples)
 
 
 @app.command()

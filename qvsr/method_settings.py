@@ -1,6 +1,8 @@
 """Settings of the quantization methods, a class a method; :class:`MethodSettings` holds one of each.
 
 The defaults are those of the papers or, where a paper says nothing, of their released code; ``config/default.yaml`` reduces counts for the small model.
+A field that says how much work a method does (updates, samples, iterations, ranks) is marked with ``json_schema_extra=EFFORT``: a row whose value is
+below the default is called *reduced* in the tables.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from qvsr.settings import ReadIf, Settings
 # must hold, and of several mappings one suffices. Refused is a key that somebody wrote (qvsr.plan.check_read), never a default, and never
 # `false`, which leaves off what is off anyway.
 
+EFFORT: Any = {"effort": True}
+
 
 class QuantVSRSettings(Settings):
     """QuantVSR (arXiv 2508.04485); each part can be switched off."""
@@ -36,13 +40,17 @@ class QuantVSRSettings(Settings):
     stca: bool = Field(True, description="rank by spatio-temporal complexity; else rank_min everywhere")
     refine: bool = Field(True, description="train L1 and L2")
     lba: bool = Field(True, description="learnable bias alignment")
-    rank_min: int = Field(16, ge=1, description="smallest rank of a branch")
-    rank_max: int = Field(64, ge=1, description="largest rank of a branch")
+    rank_min: int = Field(16, ge=1, description="smallest rank of a branch", json_schema_extra=EFFORT)
+    rank_max: int = Field(64, ge=1, description="largest rank of a branch", json_schema_extra=EFFORT)
     rank_multiple: int = Field(8, ge=1, description="ranks are multiples of this")
     quantile: float = Field(0.25, gt=0, lt=0.5, description="lower threshold of both complexities; the upper is 1 - quantile")
-    refine_updates: int = Field(900, ge=0, description="optimizer steps of the refinement, each over `accumulate` samples")
-    lba_updates: int = Field(900, ge=0, description="optimizer steps of the bias alignment, each over `accumulate` samples")
-    accumulate: int = Field(4, ge=1, description="calibration samples of one optimizer step")
+    refine_updates: int = Field(
+        900, ge=0, description="optimizer steps of the refinement, each over `accumulate` samples", json_schema_extra=EFFORT
+    )
+    lba_updates: int = Field(
+        900, ge=0, description="optimizer steps of the bias alignment, each over `accumulate` samples", json_schema_extra=EFFORT
+    )
+    accumulate: int = Field(4, ge=1, description="calibration samples of one optimizer step", json_schema_extra=EFFORT)
     learning_rate: float = Field(1e-3, gt=0, description="of refinement and bias alignment")
     weight_decay: float = Field(0.01, ge=0, description="of refinement and bias alignment")
 
@@ -108,16 +116,20 @@ class SVDQuantSettings(Settings):
         "native: symmetric weights and per-token activations in groups of input channels",
     )
     group_size: int = Field(64, ge=1, description="input channels of a group at native granularity; the last group may be smaller")
-    rank: int = Field(32, ge=1, description="of every branch")
+    rank: int = Field(32, ge=1, description="of every branch", json_schema_extra=EFFORT)
     limit_ranks: bool = Field(
         False,
         description="give a layer whose weight cannot have its rank the highest it can; else such a rank is refused",
     )
     smooth: bool = Field(True, description="search the smoothing factors of each layer; else none")
-    iterations: int = Field(100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them")
+    iterations: int = Field(
+        100, ge=0, description="most rounds of the branch after its first SVD; the first without gain ends them", json_schema_extra=EFFORT
+    )
     weights: Literal["rtn", "gptq"] = Field("rtn", description="what the branch leaves to nearest, or by GPTQ on the calibration samples")
     gptq_rows: int = Field(1024, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
-    samples: int = Field(128, ge=1, description="calibration samples that the searches measure a layer's output on, evenly spaced")
+    samples: int = Field(
+        128, ge=1, description="calibration samples that the searches measure a layer's output on, evenly spaced", json_schema_extra=EFFORT
+    )
 
 
 class ViDiTQSettings(Settings):
@@ -156,23 +168,51 @@ class QDiffusionSettings(Settings):
         "samples keep_outputs batch": ({"round_updates": True}, {"step_updates": True}),
     }
     shortcut_split: bool = Field(True, description="ranges of their own for the two sources of a decoder block's 1x1 skip convolution")
-    range_samples: int = Field(16, ge=1, description="calibration samples that activation ranges are searched on")
+    range_samples: int = Field(16, ge=1, description="calibration samples that activation ranges are searched on", json_schema_extra=EFFORT)
     range_values: int | None = Field(
-        None, ge=1, description="at most this many values of a layer's input, drawn at random, score its ranges; null: all"
+        None,
+        ge=1,
+        description="at most this many values of a layer's input, drawn at random, score its ranges; null: all",
+        json_schema_extra=EFFORT,
     )
     samples: int = Field(
-        128, ge=1, description="calibration samples that units are trained on, drawn at random; kept in memory unit by unit"
+        128,
+        ge=1,
+        description="calibration samples that units are trained on, drawn at random; kept in memory unit by unit",
+        json_schema_extra=EFFORT,
     )
     keep_outputs: bool = Field(
         False, description="keep all units' outputs for these samples in memory: the same result, much sooner where the network is small"
     )
-    batch: int = Field(8, ge=1, description="samples (of five frames) of one optimizer step")
-    round_updates: int = Field(20000, ge=0, description="optimizer steps of a unit's weight rounding; 0: round to nearest")
+    batch: int = Field(8, ge=1, description="samples (of five frames) of one optimizer step", json_schema_extra=EFFORT)
+    round_updates: int = Field(
+        20000, ge=0, description="optimizer steps of a unit's weight rounding; 0: round to nearest", json_schema_extra=EFFORT
+    )
     round_learning_rate: float = Field(1e-3, gt=0, description="of the weight rounding")
     round_weight: float = Field(0.01, gt=0, description="weight of the regulariser that drives the rounding to 0 or 1")
     round_warmup: float = Field(0.2, ge=0, lt=1, description="share of the steps without that regulariser")
-    step_updates: int = Field(5000, ge=0, description="optimizer steps of a unit's activation step sizes; 0: as searched")
+    step_updates: int = Field(
+        5000, ge=0, description="optimizer steps of a unit's activation step sizes; 0: as searched", json_schema_extra=EFFORT
+    )
     step_learning_rate: float = Field(4e-4, gt=0, description="of the activation step sizes; falls to 0 along a cosine")
+
+
+def reduced(settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """Effort fields that are read and below the defaults of their class, as ``{name: (value, default)}``; None stands for all there is.
+
+    >>> reduced(SVDQuantSettings(rank=8, samples=256))
+    {'rank': (8, 32)}
+    """
+    found = {}
+    values = settings.model_dump()
+    for name, field in type(settings).model_fields.items():
+        extra = field.json_schema_extra
+        if not isinstance(extra, dict) or not extra.get("effort") or unread(type(settings), name, values):
+            continue
+        value, default = values[name], field.default
+        if value is not None and (default is None or value < default):
+            found[name] = (value, default)
+    return found
 
 
 class PluginSettings(Settings):

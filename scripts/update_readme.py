@@ -48,13 +48,13 @@ def update_results(results: Path) -> None:
 
 
 def main_table(metrics: str) -> str:
-    """What the README shows of metrics.md: all but the list of signatures, and the title as a bold line."""
+    """What the README shows of metrics.md: all but the list of signatures, the title as a bold line, links as from the root."""
     shown, inside = [], False
     for line in metrics.splitlines():
         inside = line.startswith("- Signatures:") or (inside and line.startswith("  "))
         if not inside:
             shown.append(f"**{line.removeprefix('### ')}**" if line.startswith("### ") else line)
-    return "\n".join(shown).strip()
+    return "\n".join(shown).strip().replace("](fairness.md)", f"]({REFERENCE.relative_to(ROOT)}/fairness.md)")
 
 
 def main() -> None:

@@ -112,6 +112,12 @@ def load(path: str | Path, unet: nn.Module) -> nn.Module:
     return unet
 
 
+def stored_bits(layer: QuantLayer) -> dict[str, int]:
+    """Bits that a file takes for each tensor of a layer, by role; `weight` without the bits that fill its last byte."""
+    bits = {role: 8 * tensor.element_size() * tensor.numel() for role, tensor in _encode(layer).items()}
+    return bits | {"weight": layer.weight_bits * math.prod(layer.geometry.weight_shape)}
+
+
 def _encode(layer: QuantLayer) -> dict[str, Tensor]:
     """The layer's tensors as they are stored."""
     state = {role: tensor.detach().cpu().contiguous() for role, tensor in layer.state().items()}

@@ -8,9 +8,10 @@ b/32, the unquantized layers too, plus the low-rank branch at 32 bits: ``P_b = P
 operation a bias addition; attention products and rotations are not in it. For WxAy with x != y, parameters take x and operations max(x, y).
 
 *The exact one* (``params_exact_m``, ``macs_exact_g``): every number at the precision that it is really kept or multiplied in: quantized
-weights at their bits; branch, biases, norms, unquantized layers at 32 bits; scales, zero points, rotation signs as stored; attention
-products and rotations counted, at 32 bits. The constant that an offset leaves (:mod:`qvsr.quant.layer`) is stored tap by tap and counted so; its
-map is the same for every frame, laid out once a size and added with the bias, so its operations are the bias's.
+weights at their bits; branch, biases, norms, unquantized layers at 32 bits; scales, zero points, rotation signs as a checkpoint file holds
+them (:func:`qvsr.quant.checkpoint.stored_bits`); attention products and rotations counted, at 32 bits. The constant that an offset leaves
+(:mod:`qvsr.quant.layer`) is stored tap by tap and counted so; its map is the same for every frame, laid out once a size and added with the
+bias, so its operations are the bias's.
 
 The counting works on a plain list of :class:`LayerFact`, which :func:`count` takes from a model by hooks, on the meta device too.
 """
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qvsr.quant.checkpoint import stored_bits
 from qvsr.quant.layer import KINDS, QuantLayer, halves
 from qvsr.quant.rotation import can_rotate
 
@@ -55,7 +57,7 @@ class LayerFact:
         weight_bits, act_bits: 32 where not quantized.
         rank: of the low-rank branch, 0 without one.
         rotated: sizes of the input-channel groups that are rotated.
-        side_bits: bits of storage for scales, zero points, signs, offsets and the like.
+        side_bits: bits that a checkpoint file takes for scales, zero points, signs, offsets and the like: for all but weight, branch and bias.
     """
 
     name: str
@@ -82,6 +84,11 @@ class LayerFact:
     def macs(self) -> int:
         """Multiply-accumulates of the layer itself."""
         return self.weights * self.positions
+
+    @property
+    def stored_bits(self) -> int:
+        """Everything that a checkpoint file holds for the layer, the bias too."""
+        return self.weights * self.weight_bits + (self.bias + self.branch_params) * FULL + self.side_bits
 
     @property
     def branch_params(self) -> int:
@@ -199,10 +206,6 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         bias = layer.bias.numel() if isinstance(layer.bias, Tensor) else 0
         return LayerFact(name, KINDS[type(layer)], _weight_shape(layer), positions, input_positions, bias)
     total = layer._total_bias()
-    side = ("weight_scale", "weight_zero_point", "act_scale", "act_zero_point", "smooth", "signs", "offset", "offset_taps")
-    tensors = [getattr(layer, role) for role in side]
-    if layer.stored_rotation:
-        tensors += [getattr(layer, f"rotation_{part}") for part in range(len(layer.parts))]
     return LayerFact(
         name,
         layer.geometry.kind,
@@ -214,7 +217,7 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         act_bits=layer.act_bits,
         rank=layer.rank,
         rotated=tuple(size for size, yes in zip(layer.parts, layer.rotated, strict=True) if yes),
-        side_bits=sum(8 * tensor.element_size() * tensor.numel() for tensor in tensors if tensor is not None),
+        side_bits=sum(bits for role, bits in stored_bits(layer).items() if role not in ("weight", "up", "down", "bias")),
     )
 
 
@@ -250,7 +253,8 @@ def plan(
             act_bits=act_bits,
             rank=min(wanted, outputs, math.prod(layer.weight_shape[1:])),
             rotated=rotated,
-            side_bits=2 * FLOAT_BITS * outputs * len(parts) + (8 * inputs if rotated else 0),
+            # zero points fit a byte where every channel's range holds 0, which only the weights themselves can tell; a sign is a bit
+            side_bits=(FLOAT_BITS + 8) * outputs * len(parts) + (8 * math.ceil(inputs / 8) if rotated else 0),
         )
 
     return replace(facts, layers=tuple(quantize(layer) for layer in facts.layers))
@@ -276,7 +280,7 @@ def cost(facts: Facts, method: str, bits: str) -> Cost:
         bias_additions = layer.bias * layer.positions
         params += layer.weights * own[0] + layer.bias * nominal_weight + layer.branch_params * FULL
         macs += layer.macs * own[1] + bias_additions * nominal + layer.branch_macs * FULL
-        exact_params += layer.weights * layer.weight_bits + (layer.bias + layer.branch_params) * FULL + layer.side_bits
+        exact_params += layer.stored_bits
         exact_macs += (
             layer.macs * max(layer.weight_bits, layer.act_bits) + (bias_additions + layer.branch_macs + layer.rotation_macs) * FULL
         )
@@ -318,9 +322,13 @@ def example_inputs(
 
 def measured_cost(unet: nn.Module, config: Config, method: str, bits: str) -> Cost:
     """The row of a (quantized) U-Net itself, by one call on a tile of the configured size."""
+    return cost(measured_facts(unet, config), method, bits)
+
+
+def measured_facts(unet: nn.Module, config: Config) -> Facts:
+    """What one call of a (quantized) U-Net on a tile of the configured size consists of."""
     device = next(unet.parameters()).device
-    inputs = example_inputs(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens, str(device))
-    return cost(count(unet, *inputs), method, bits)
+    return count(unet, *example_inputs(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens, str(device)))
 
 
 def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:

@@ -387,6 +387,26 @@ class QuantLayer(nn.Module):
         pieces = self._scaled(x).split(self.parts, -1 if self.is_linear else 1)
         return [self._rotate_input(piece, part) for part, piece in enumerate(pieces)]
 
+    @torch.no_grad()
+    def input_rounding(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each part of an input before rounding (:meth:`input_parts`) with the scale and zero point that would round it, which broadcast."""
+        return [(piece, *self._act_qparams(piece, part)) for part, piece in enumerate(self.input_parts(x))]
+
+    @torch.no_grad()
+    def weight_rounding(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the layer makes of a full-precision weight, all ``(N, K, *kernel)``, smoothed and rotated.
+
+        Args:
+            weight: the one that the layer was made from.
+        Returns:
+            the weight; its integers' values plus the branch; its share that is rounded (less the branch); the unclamped integers of the latter.
+        """
+        target = self._rotate_weight(weight if self.smooth is None else weight * self._along_inputs(self.smooth))
+        branch = low_rank.product(self.up, self._rotate_weight(self.down)) if self.up is not None and self.down is not None else 0.0
+        scale, zero_point = self._weight_grid()
+        residual = target - branch
+        return target, affine.dequantize(self.integers(), scale, zero_point) + branch, residual, torch.round(residual / scale) + zero_point
+
     def freeze(self) -> None:
         """Integers for good: the floating-point weight is dropped. L1, L2 keep their values and are no longer trained."""
         self.set_integers(self.integers())

@@ -11,14 +11,17 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from qvsr.method_settings import MethodSettings, reduced
 from qvsr.plan import GROUND_TRUTH, REFERENCES
 from qvsr.quant.cost import Cost
 from qvsr.registry import METRICS
 from qvsr.results import Row, Summary, aggregate
+from qvsr.settings import Settings
 
 OWN = ("quantvsr",)  # the method that the others are compared with comes last in its block
 METRIC_COLUMNS = ("backbone", "dataset", "method", "bits", "execution", "metric", "value", "low", "high", "clips", "frames", "signature")
@@ -38,7 +41,31 @@ COST_COLUMNS = (
     "layers",
 )
 UNITS = {"1e-3": ("×10⁻³", r"$\times 10^{-3}$")}
+CARD = "fairness.md"
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: "\\" + c for c in "&%$#_{}"}}
+
+
+@dataclass(frozen=True)
+class RowSetting:
+    """How a method was run.
+
+    Attributes:
+        granularity: `shared` by all methods, or the method's `native` one.
+        reduced: settings below the published defaults, as ``{name: (value, default)}``.
+    """
+
+    granularity: str = "shared"
+    reduced: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+def row_setting(header: Mapping[str, Any]) -> RowSetting:
+    """How the method of a checkpoint was run, from the settings in its header; a method without settings is `shared` and complete."""
+    known = MethodSettings.model_fields.get(header.get("base", header["method"]))
+    kind = known.annotation if known is not None else None
+    if not (isinstance(kind, type) and issubclass(kind, Settings)):
+        return RowSetting()
+    own = kind.model_validate(header["spec"]["settings"])
+    return RowSetting(getattr(own, "granularity", "shared"), reduced(own))
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Style:
 
     text: Callable[[str], str]
     bold: Callable[[str], str]
+    emphasis: Callable[[str], str]
     up: str
     down: str
     infinite: str
@@ -67,8 +95,8 @@ def markdown_escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-MARKDOWN = Style(markdown_escape, "**{}**".format, "↑", "↓", "inf", 0)
-LATEX_STYLE = Style(latex_escape, r"\textbf{{{}}}".format, r"$\uparrow$", r"$\downarrow$", r"$\infty$", 1)
+MARKDOWN = Style(markdown_escape, "**{}**".format, "*{}*".format, "↑", "↓", "inf", 0)
+LATEX_STYLE = Style(latex_escape, r"\textbf{{{}}}".format, r"\emph{{{}}}".format, r"$\uparrow$", r"$\downarrow$", r"$\infty$", 1)
 
 
 def bits_order(bits: str) -> tuple[int, ...]:
@@ -123,25 +151,32 @@ def signature(summary: Summary) -> str:
     return summary.signature + (f"|limit:{summary.limit}" if summary.limit is not None else "")
 
 
-def metrics_markdown(summaries: Sequence[Summary], notes: Sequence[str] = ()) -> str:
-    """Wide tables, one a data set, with footnotes (ours, then `notes`) and signatures."""
+def metrics_markdown(
+    summaries: Sequence[Summary], notes: Sequence[str] = (), settings: Mapping[tuple[str, str], RowSetting] | None = None
+) -> str:
+    """Wide tables, one a data set, with footnotes (ours, then `notes`) and signatures; see :func:`write_metrics`."""
     parts = []
     for group in _by_dataset(summaries):
-        table = _wide(group, MARKDOWN)
-        parts += [f"### {_heading(group)}", "", *_markdown_table(table, 2), ""]
-        parts += [f"- {line}" for line in (*_footnotes(group), *notes)]
+        table = _wide(group, MARKDOWN, settings or {})
+        parts += [f"### {_heading(group)}", "", *_markdown_table(table, 3 if settings else 2), ""]
+        if settings:
+            parts += [f"[Fairness card]({CARD}): ranges, calibration, training, side branch and effective bits of each method.", ""]
+        parts += [f"- {line}" for line in (*_footnotes(group, settings or {}), *notes)]
         parts += ["- Signatures:", *(f"  - `{line}`" for line in _signatures(group)), ""]
     return "\n".join(parts)
 
 
-def metrics_latex(summaries: Sequence[Summary], notes: Sequence[str] = ()) -> str:
+def metrics_latex(
+    summaries: Sequence[Summary], notes: Sequence[str] = (), settings: Mapping[tuple[str, str], RowSetting] | None = None
+) -> str:
     """The same tables for LaTeX with booktabs; a block of lines for each bits, signatures as comments."""
     parts = []
     for group in _by_dataset(summaries):
-        below = " ".join((*_footnotes(group), *notes)).replace("↑", LATEX_STYLE.up).replace("↓", LATEX_STYLE.down)
+        below = " ".join((*_footnotes(group, settings or {}), *notes)).replace("↑", LATEX_STYLE.up).replace("↓", LATEX_STYLE.down)
         caption = _escape_around_math(f"{_heading(group)}. {below}")
         parts += [f"% {line}" for line in _signatures(group)]
-        parts += _latex_table(_wide(group, LATEX_STYLE), 2, caption, f"tab:metrics-{group[0].dataset}")
+        wide = _wide(group, LATEX_STYLE, settings or {})
+        parts += _latex_table(wide, 3 if settings else 2, caption, f"tab:metrics-{group[0].dataset}")
         parts.append("")
     return "\n".join(parts)
 
@@ -151,7 +186,12 @@ def _escape_around_math(text: str) -> str:
 
 
 def write_metrics(
-    folder: Path, rows: Iterable[Row], methods: Sequence[str] = (), metrics: Sequence[str] = (), notes: Sequence[str] = ()
+    folder: Path,
+    rows: Iterable[Row],
+    methods: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    settings: Mapping[tuple[str, str], RowSetting] | None = None,
 ) -> None:
     """Write metrics.csv, metrics.md and metrics.tex into a folder.
 
@@ -159,14 +199,15 @@ def write_metrics(
         rows: of all clips and methods, in any order.
         methods, metrics: the order of rows and columns; default: by name, as registered.
         notes: more footnotes.
+        settings: how each (method, bits) was run, a column of the wide tables; None leaves it and the link to the fairness card out.
     Raises:
         qvsr.results.ResultError: rows that must not be averaged, such as a method without one of the clips.
     """
     summaries = ordered(rows, methods, metrics)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").write_text(metrics_csv(summaries), encoding="utf-8")
-    (folder / "metrics.md").write_text(metrics_markdown(summaries, notes), encoding="utf-8")
-    (folder / "metrics.tex").write_text(metrics_latex(summaries, notes), encoding="utf-8")
+    (folder / "metrics.md").write_text(metrics_markdown(summaries, notes, settings), encoding="utf-8")
+    (folder / "metrics.tex").write_text(metrics_latex(summaries, notes, settings), encoding="utf-8")
 
 
 def _by_dataset(summaries: Sequence[Summary]) -> list[list[Summary]]:
@@ -186,7 +227,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _footnotes(group: Sequence[Summary]) -> list[str]:
+def _footnotes(group: Sequence[Summary], settings: Mapping[tuple[str, str], RowSetting]) -> list[str]:
     first = group[0]
     notes = [
         "↑ higher is better, ↓ lower is better. Bold: best of the methods at the same bits; the rows above them are there for orientation.",
@@ -203,21 +244,37 @@ def _footnotes(group: Sequence[Summary]) -> list[str]:
         notes.append(f"Frames written by another program: {', '.join(sorted({s.method for s in group if s.execution == 'external'}))}.")
     if executions == ["simulated"]:
         notes.append("Quantized rows are simulated: floating point on rounded values.")
+    found = {s.method: settings[s.method, s.bits] for s in group if (s.method, s.bits) in settings}
+    if found:
+        notes.append(
+            "Setting: granularity shared by all methods (a range per output channel of a weight and per input tensor) or the method's native one."
+        )
+    notes += [reduced_note(method, setting) for method, setting in found.items() if setting.reduced]
     if first.limit is not None:
         notes.append(f"limit={first.limit}: only the first clips of the data set were used; not a result to quote.")
     return notes
+
+
+def reduced_note(method: str, setting: RowSetting) -> str:
+    """What of a method is below its published defaults."""
+
+    def shown(value: Any) -> str:
+        return "all" if value is None else str(value)
+
+    parts = [f"{name} {shown(value)} ({shown(default)})" for name, (value, default) in setting.reduced.items()]
+    return f"{method} is reduced (in brackets the published default): {', '.join(parts)}."
 
 
 def _signatures(group: Sequence[Summary]) -> list[str]:
     return list(dict.fromkeys(signature(s) for s in group))
 
 
-def _wide(group: Sequence[Summary], style: Style) -> list[list[list[str]]]:
+def _wide(group: Sequence[Summary], style: Style, settings: Mapping[tuple[str, str], RowSetting]) -> list[list[list[str]]]:
     """Blocks of lines of cells: the header, then one block a precision."""
     names = list(dict.fromkeys(s.metric for s in group))
     names = metric_order(names, names)
     several = len({s.execution for s in group if s.method not in REFERENCES} - {"external"}) > 1
-    header = ["Bits", "Method", *(_column(name, style) for name in names)]
+    header = ["Bits", "Method", *(["Setting"] if settings else []), *(_column(name, style) for name in names)]
     lines: dict[tuple[str, str, str], dict[str, Summary]] = {}
     for s in group:
         lines.setdefault((s.method, s.bits, s.execution), {})[s.metric] = s
@@ -228,9 +285,18 @@ def _wide(group: Sequence[Summary], style: Style) -> list[list[list[str]]]:
             _cell(values.get(name), [v for (m, b, _), v in lines.items() if b == bits and m not in REFERENCES], method, style, name)
             for name in names
         ]
+        if settings:
+            cells.insert(0, setting_cell(settings.get((method, bits)), style))
         block = "" if method in REFERENCES else bits
         blocks.setdefault(block, []).append(["–" if method in (GROUND_TRUTH, "bicubic") else bits, label, *cells])
     return [[header], *blocks.values()]
+
+
+def setting_cell(setting: RowSetting | None, style: Style) -> str:
+    """`shared` or `native`, and *reduced* where less was done than published; a dash for what is not quantized."""
+    if setting is None:
+        return "–"
+    return style.text(setting.granularity) + (f", {style.emphasis('reduced')}" if setting.reduced else "")
 
 
 def _column(name: str, style: Style) -> str:

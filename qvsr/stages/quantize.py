@@ -46,7 +46,7 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
         seed=config.seed,
     )
     backbone = load_backbone(config.backbone)
-    samples = CalibrationSet(calibration, backbone.structure)
+    samples = CalibrationSet(calibration, backbone.structure, backbone.digest)
     unet = quantize(backbone.unet, samples, spec)
     header = {
         "method": method,
@@ -56,6 +56,11 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
         "weights": backbone.digest,
         "spec": spec.model_dump(mode="json"),
         "calibration": samples.digest,
+        "calibration_set": {
+            "dataset": samples.manifest["calibration"]["dataset"],
+            "samples": len(samples),
+            "steps": samples.manifest["calibration"]["steps"],
+        },
         "code": code_digest(*CODE),
     }
     if base in plugins():

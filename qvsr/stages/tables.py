@@ -1,4 +1,4 @@
-"""The tables of a run: metrics and cost of every row, as csv, Markdown and LaTeX."""
+"""The tables of a run: metrics, cost and fairness card of every row, as csv, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ from qvsr.config import Config
 from qvsr.provenance import atomic_path
 
 
-def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], out: Path) -> None:
+def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], out: Path, benchmarks: Path | None = None) -> None:
     """Write all tables into one folder.
 
     Args:
         measured: JSON-lines files of the measure stage, every clip of every row.
         checkpoints: quantized U-Nets; their cost is counted on themselves.
+        benchmarks: folder with ``{method}-{bits}.tsv`` of what quantizing took, as Snakemake writes them; None or without a file: not measured.
     """
     from qvsr.models.checkpoints import load_backbone
     from qvsr.quant import checkpoint as quantized
-    from qvsr.quant.cost import measured_cost
-    from qvsr.report.tables import write_cost, write_metrics
+    from qvsr.quant.cost import cost, measured_facts
+    from qvsr.report.fairness import Measured, fairness, read_benchmark, write_fairness
+    from qvsr.report.tables import row_setting, write_cost, write_metrics
 
     rows = results.read(*measured)
-    costs = [measured_cost(load_backbone(config.backbone).unet, config, "full_precision", "W32A32")]
+    full = measured_facts(load_backbone(config.backbone).unet, config)
+    costs, cards, settings = [cost(full, "full_precision", "W32A32")], [], {}
     for checkpoint in checkpoints:
         header = quantized.read_header(checkpoint)
-        unet = quantized.load(checkpoint, load_backbone(config.backbone).unet)
-        costs.append(measured_cost(unet, config, header["method"], header["bits"]))
+        method, bits = header["method"], header["bits"]
+        facts = measured_facts(quantized.load(checkpoint, load_backbone(config.backbone).unet), config)
+        costs.append(cost(facts, method, bits))
+        took = read_benchmark(benchmarks / f"{method}-{bits}.tsv") if benchmarks is not None else Measured()
+        cards.append(fairness(header, facts, full, took))
+        settings[method, bits] = row_setting(header)
     call = f"one segment of {config.backbone.unet.num_frames} frames on a latent tile of {config.sampling.tile}×{config.sampling.tile}"
     with atomic_path(out) as partial:
-        write_metrics(partial, rows, config.methods, config.metrics, variant_notes(config))
+        write_metrics(partial, rows, config.methods, config.metrics, variant_notes(config), settings)
         write_cost(partial, costs, call, config.methods)
+        if cards:
+            write_fairness(partial, cards, config.methods)
 
 
 def variant_notes(config: Config) -> list[str]:

@@ -6,6 +6,8 @@ rule quantize:
         "<results>/quantized/{method}-{bits}.safetensors",
     log:
         "<results>/logs/quantize/{method}-{bits}.log",
+    benchmark:
+        "<results>/benchmarks/quantize/{method}-{bits}.tsv"
     conda:
         "../../environment.yml"
     threads: plan.config.threads

@@ -14,8 +14,17 @@ rule tables:
         mem_mb=1300,
     params:
         config=plan.settings_file,
+        benchmarks=str(plan.output / "benchmarks" / "quantize"),  # what quantizing took; read where it is there
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
         settings=plan.digest("methods", "variants", "metrics", "sampling.tile"),
-        code=code_digest("qvsr/stages/tables.py", "qvsr/report/tables.py", "qvsr/results.py", "qvsr/quant/cost.py"),
+        code=code_digest(
+            "qvsr/stages/tables.py",
+            "qvsr/report/tables.py",
+            "qvsr/report/fairness.py",
+            "qvsr/method_settings.py",
+            "qvsr/results.py",
+            "qvsr/quant/cost.py",
+        ),
     shell:
-        "python -m qvsr tables --config {params.config} --out {output} {params.checkpoints} {input.measured} > {log} 2>&1"
+        "python -m qvsr tables --config {params.config} --out {output} --benchmarks {params.benchmarks} {params.checkpoints}"
+        " {input.measured} > {log} 2>&1"

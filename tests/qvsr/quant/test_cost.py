@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qvsr import config
 from qvsr.config import UNetSettings
 from qvsr.models.unet import InflatedUNet
-from qvsr.quant import cost
+from qvsr.quant import apply, checkpoint, cost
 from qvsr.quant.layer import LayerPlan, QuantLayer
 
 EXCLUDE = config.MethodSettings().exclude
@@ -108,7 +110,38 @@ def test_granularity_and_symmetry_store_nothing_more() -> None:
     for fields in ({}, {"act_granularity": "frame"}, {"act_granularity": "token", "weight_symmetric": True, "act_symmetric": True}):
         layer = QuantLayer.from_float(network[0], LayerPlan(4, 4, (4, 4), True, **fields))
         counted.append(cost.count(nn.Sequential(layer), torch.zeros(5, 8)))
-    assert counted[0] == counted[1] == counted[2] and counted[0].layers[0].side_bits == 2 * 32 * 6 * 2 + 8 * 8
+    assert counted[0] == counted[1] == counted[2] and counted[0].layers[0].side_bits == (32 + 8) * 6 * 2 + 8
+
+
+def test_side_bits_are_those_of_the_file(tmp_path: Path) -> None:
+    """Scales, zero points, signs, smoothing, branch, bias and static ranges, as the safetensors file holds them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 6), nn.Conv2d(12, 4, 3, bias=False))  # no Hadamard matrix for 6 channels
+
+    def make(name: str, module: nn.Module) -> QuantLayer:
+        channels = module.weight.shape[1]  # type: ignore[union-attr,index]
+        plan = LayerPlan(3, 4, (channels // 2,) * 2, True, rank=2)
+        layer = QuantLayer.from_float(module, plan, name, smooth=torch.rand(channels) + 0.5 if name == "0" else None)  # type: ignore[arg-type]
+        if name == "0":
+            layer.set_static_activations(-torch.ones(3, 2), torch.ones(3, 2), [10, 20, 30])
+            layer.timestep.value = 0
+        else:  # a channel without 0 in its range has its zero point beyond a byte
+            layer.set_weight_ranges([(torch.full((4, 1, 1, 1), 1.0), torch.full((4, 1, 1, 1), 1.01))] * 2)
+        layer.freeze()
+        return layer
+
+    apply.quantize_layers(network, (), make)
+    checkpoint.save(network, tmp_path / "a.safetensors", {"method": "m", "bits": "W3A4", "backbone": "b"})
+    network.forward = lambda x: network[1](network[0](x[..., 0, 0]).repeat(1, 2)[:, :, None, None].expand(-1, -1, 3, 3))  # type: ignore[method-assign]
+    facts = cost.count(network, torch.zeros(2, 8, 1, 1)).layers
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        stored = {key: 8 * file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118
+    assert stored["0.weight"] == 3 * 6 * 8 and stored["1.weight"] == 3 * 4 * 12 * 9 and stored["1.zero_point"] == 16 * 4 * 2
+    for layer in facts:
+        own = {key: bits for key, bits in stored.items() if key.startswith(layer.name + ".")}
+        assert layer.stored_bits == sum(own.values())
+        assert layer.side_bits == sum(bits for key, bits in own.items() if key.split(".")[1] not in ("weight", "up", "down", "bias"))
+    assert {key.split(".")[1] for key in stored} >= {"signs", "smooth", "act_scale", "act_zero_point", "scale", "zero_point"}
 
 
 def test_an_offset_is_stored_by_channel_and_by_output_and_tap() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import metrics  # noqa: F401 (fills the registry)
 from qvsr import protocols
+from qvsr.method_settings import SVDQuantSettings
 from qvsr.quant.cost import Cost
 from qvsr.report import tables
 from qvsr.results import ResultError, Row
@@ -60,6 +61,39 @@ def test_wide_table_for_people() -> None:
     ]
     assert text.startswith("### real_video, mgld-mini: 2 clips, 20 frames\n")
     assert "limit=" not in text and "`psnr|strict-v1|impl:pyiqa-" in text
+
+
+SETTINGS = {
+    ("maxmin", "W8A8"): tables.RowSetting(), ("maxmin", "W4A4"): tables.RowSetting("native"),
+    ("quantvsr", "W8A8"): tables.RowSetting("shared", {"updates": (60, 900), "values": (5, None)}),
+    ("quantvsr", "W4A4"): tables.RowSetting("shared", {"updates": (60, 900), "values": (5, None)}),
+}  # fmt: skip
+
+
+def test_a_column_says_how_each_row_was_run() -> None:
+    text = tables.metrics_markdown(tables.ordered(rows(), metrics=METRIC_NAMES), settings=SETTINGS)
+    assert [line[1:3] for line in cells(text)] == [
+        ["Method", "Setting"], ["ground_truth", "–"], ["bicubic", "–"], ["full_precision", "–"], ["maxmin", "shared"],
+        ["quantvsr", "shared, *reduced*"], ["maxmin", "native"], ["quantvsr", "shared, *reduced*"],
+    ]  # fmt: skip
+    below = text.splitlines()[len(cells(text)) + 4 :]
+    assert below[0].startswith("[Fairness card](fairness.md): ")  # right below the table
+    assert text.count("- quantvsr is reduced (in brackets the published default): updates 60 (900), values 5 (all).\n") == 1
+    assert "maxmin is reduced" not in text and text.count("Setting: ") == 1
+
+
+def test_the_same_column_in_latex(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, rows(), settings=SETTINGS)
+    text = (tmp_path / "metrics.tex").read_text()
+    assert r"W4A4 & quantvsr & shared, \emph{reduced} & " in text and r"\begin{tabular}{lllrrr}" in text
+    assert "updates 60 (900), values 5 (all)" in text and "fairness.md" not in text
+
+
+def test_settings_below_the_defaults_come_from_the_checkpoint() -> None:
+    own = SVDQuantSettings(rank=8, iterations=200, granularity="native").model_dump(mode="json")
+    header = {"method": "a_variant", "base": "svdquant", "spec": {"settings": own}}
+    assert tables.row_setting(header) == tables.RowSetting("native", {"rank": (8, 32)})
+    assert tables.row_setting({"method": "a_plug_in", "spec": {"settings": {}}}) == tables.RowSetting("shared", {})
 
 
 def test_notes_stand_below_every_table(tmp_path: Path) -> None:
