@@ -45,4 +45,4 @@ new-baseline: $(READY)  ## NAME=mine: a method that runs as it is, its test and 
 
 clean:  ## remove what the runs have written; weights and reference stay
 	rm -rf .snakemake results/clips results/calibration results/quantized results/restored results/measured results/tables \
-	  results/figures results/logs results/smoke results/config.json
+	  results/figures results/layers results/benchmarks results/logs results/smoke results/config.json

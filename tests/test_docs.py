@@ -70,8 +70,10 @@ def test_the_readme_table_is_the_committed_one():
 
 def test_what_the_readme_shows_of_a_table():
     script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
-    metrics = "### a, b: 1 clip\n\n| x |\n|---|\n| 1 |\n\n- A note.\n- Signatures:\n  - `one`\n  - `two`\n"
-    assert script["main_table"](metrics) == "**a, b: 1 clip**\n\n| x |\n|---|\n| 1 |\n\n- A note."
+    metrics = "### a, b: 1 clip\n\n| x |\n|---|\n| 1 |\n\n[Card](fairness.md): x.\n\n- A note.\n- Signatures:\n  - `one`\n  - `two`\n"
+    assert (
+        script["main_table"](metrics) == "**a, b: 1 clip**\n\n| x |\n|---|\n| 1 |\n\n[Card](results/reference/fairness.md): x.\n\n- A note."
+    )
 
 
 def test_text_between_marks_is_replaced_and_nothing_else(tmp_path):

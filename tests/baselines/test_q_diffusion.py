@@ -102,7 +102,10 @@ def test_a_unit_that_never_runs_is_named() -> None:
 
 def test_each_stage_lowers_its_error_in_the_tiny_network() -> None:
     net = tiny.network()
-    losses = apply.record(quantize(net, tiny.calls(net), round_updates=150, step_updates=60))["losses"]
+    noted = apply.record(quantize(net, tiny.calls(net), round_updates=150, step_updates=60))
+    losses = noted["losses"]
+    weights = 16 * 16 + 16 * 16 * 9 + 32 * 16 * 9 + 32 * 32 * 3 + 32 * 32 + 16 * 32 * 3
+    assert noted["trained_params"] == weights + 6  # the rounding of every weight, and a step a layer
     for stage in ("round_weights", "train_steps"):
         assert losses[stage]["after"] < losses[stage]["before"] and losses[stage]["units"] == 6
     assert losses["round_weights"]["units_lowered"] >= 5
@@ -136,7 +139,7 @@ def test_rounding_to_nearest_and_searched_steps_without_updates() -> None:
     net = tiny.network()
     modules = dict(net.named_modules())
     quantized = quantize(net, tiny.calls(net), round_updates=0, step_updates=0)
-    assert apply.record(quantized)["losses"] == {}
+    assert apply.record(quantized)["losses"] == {} and apply.record(quantized)["trained_params"] == 0
     for name, layer in apply.quant_layers(quantized).items():
         scale, zero = layer._weight_grid()
         assert torch.equal(layer.integers(), (torch.round(modules[name].weight / scale) + zero).clamp(0, 15).to(torch.uint8))

@@ -214,6 +214,44 @@ def test_a_checkpoint_of_another_row(finished, tmp_path):
     assert_one_line(done, "maxmin-W4A4.safetensors is maxmin W4A4, not quantvsr W4A4")
 
 
+def test_a_calibration_of_another_backbone(finished, tmp_path):
+    other = tmp_path / "other"
+    tiny.write_weights(other, tiny.BACKBONE, seed=9)
+    arguments = [
+        "--config",
+        "results/config.json",
+        "--calibration",
+        "results/calibration",
+        "--set",
+        f"backbone.weights={other / tiny.BACKBONE['weights']}",
+    ]
+    words = ("results/calibration was recorded with other weights (tiny ", "record it again")
+    assert_one_line(
+        tiny.stage(finished, "quantize", *arguments, "--method", "maxmin", "--bits", "W4A4", "--out", str(tmp_path / "out")), *words
+    )
+    assert_one_line(
+        tiny.stage(
+            finished, "layers", *arguments, "--checkpoint", "results/quantized/maxmin-W4A4.safetensors", "--out", str(tmp_path / "out.csv")
+        ),
+        *words,
+    )
+    assert_nothing_written(tmp_path / "out", tmp_path / "out.csv", tmp_path / "out.png")
+
+
+def test_a_report_by_layer_under_a_name_that_has_no_figure_beside_it(finished, tmp_path):
+    arguments = [
+        "--config",
+        "results/config.json",
+        "--checkpoint",
+        "results/quantized/maxmin-W4A4.safetensors",
+        "--calibration",
+        "results/calibration",
+    ]
+    done = tiny.stage(finished, "layers", *arguments, "--out", str(tmp_path / "out.png"))
+    assert_one_line(done, "out.png: a name that ends in .csv is needed")
+    assert_nothing_written(tmp_path / "out.png")
+
+
 def test_no_weights_at_all(finished, tmp_path):
     done = restore(finished, tmp_path / "out", "--set", "backbone.weights=none.safetensors")
     assert_one_line(done, "no weights none.safetensors; set backbone.weights")

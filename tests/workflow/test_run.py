@@ -1,6 +1,7 @@
 """The workflow does what it promises, twice the same, and after being killed too."""
 
 import csv
+import hashlib
 import os
 import random
 import signal
@@ -33,8 +34,51 @@ def test_tables_have_every_row_and_metric(finished):
     assert ideal["ssim_gradient"] == pytest.approx(1) and ideal["ewarp_dis"] > 0
     assert not list((finished / "results" / "restored").glob("*/ground_truth*"))  # measured where it lies
     tables = {file.name for file in (finished / "results" / "tables").iterdir() if not file.name.startswith(".")}
-    assert tables == {f"{table}.{form}" for table in ("metrics", "cost") for form in ("csv", "md", "tex")}
+    assert tables == {f"{table}.{form}" for table in ("metrics", "cost", "fairness") for form in ("csv", "md", "tex")}
     assert (finished / "results" / "figures" / "comparison.png").stat().st_size > 1000
+
+
+def test_the_fairness_card_tells_how_each_row_was_made(finished):
+    with (finished / "results" / "tables" / "fairness.csv").open() as file:
+        card = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(card) == ["maxmin", "rotation", "quantvsr"]
+    calibration = {tuple(row[f"calibration_{key}"] for key in ("dataset", "samples", "steps", "digest")) for row in card.values()}
+    manifest = (finished / "results" / "calibration" / "manifest.json").read_bytes()
+    assert calibration == {("calibration", "2", "2", hashlib.sha256(manifest).hexdigest()[:16])}  # one clip of one tile: two calls
+    assert [row["reduced"] for row in card.values()] == ["false", "false", "true"]  # the variant trains nothing
+    assert 4 < float(card["maxmin"]["weight_bits"]) < float(card["quantvsr"]["weight_bits"])
+    assert all(float(row["seconds"]) > 0 for row in card.values())  # Snakemake's benchmark files were found
+    text = (finished / "results" / "tables" / "metrics.md").read_text()
+    assert "[Fairness card](fairness.md)" in text and "- quantvsr is reduced (in brackets the published default): rank_min 2 (16)" in text
+    assert "| W4A4   | rotation       | shared            |" in text
+
+
+def test_what_is_measured_of_a_job_is_left_out_of_comparisons_and_nothing_else(tmp_path):
+    card = tmp_path / "fairness.md"
+    card.write_text("| a | b | Time | Peak |\n| 1 | 2 |    9 |    8 |\n\n- a note | with a bar\n")
+    assert tiny.without_measured(card) == b"|a|b\n|1|2\n\n- a note | with a bar"
+    card.with_suffix(".csv").write_text('a,"b, c",3,4\n')
+    assert tiny.without_measured(card.with_suffix(".csv")) == b'a,"b,c"'
+    card.with_suffix(".tex").write_text("a & b & 3 & 4 \\\\\nno cells\n")
+    assert tiny.without_measured(card.with_suffix(".tex")) == b"a & b\nno cells"
+
+
+def test_the_report_by_layer_on_request(finished):
+    wanted = "results/layers/maxmin-W4A4.csv"
+    assert tiny.due(finished, wanted) == {"layers"}
+    done = tiny.snakemake(finished, wanted)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (finished / wanted).open() as file:
+        rows = list(csv.DictReader(file))
+    layers = checkpoint.read_header(finished / "results" / "quantized" / "maxmin-W4A4.safetensors")["layers"]
+    assert {row["layer"] for row in rows} == set(layers)
+    assert [row["t"] for row in rows if row["layer"] == rows[0]["layer"]] == ["", "0", "999"]  # over all, and the two recorded steps
+    assert sum(float(row["macs_pct"]) for row in rows if not row["t"]) < 100
+    assert all(5 < float(row["output_sqnr_db"]) < 60 for row in rows if row["output_sqnr_db"])
+    assert (finished / "results" / "layers" / "maxmin-W4A4.png").stat().st_size > 10000
+    log = (finished / "results" / "logs" / "layers" / "maxmin-W4A4.log").read_text()
+    assert "maxmin W4A4, 2 of 2 calibration samples\nworst layers" in log and len(log.splitlines()) == 12
+    assert tiny.due(finished) == set()  # nobody else reads it
 
 
 def test_a_variant_is_its_method_with_other_settings(finished):

@@ -41,7 +41,9 @@ def edited(file):
         ("qvsr/stages/restore.py", {"restore", *AFTER_RESTORE}),
         ("metrics/gmsd.py", {"measure", *AFTER_MEASURE}),
         ("qvsr/quant/cost.py", {"tables"}),
+        ("qvsr/report/fairness.py", {"tables"}),
         ("qvsr/report/figures.py", {"figures"}),
+        ("qvsr/report/layers.py", set()),
         ("qvsr/cli.py", set()),
         ("config/README.md", set()),
     ],
@@ -114,6 +116,8 @@ COMMON = {
     "qvsr.__main__",
     "qvsr.cli",
     "qvsr.config",
+    "qvsr.settings",
+    "qvsr.method_settings",
     "qvsr.registry",
     "qvsr.plan",
     "qvsr.provenance",
@@ -131,7 +135,7 @@ print("LOADED", *sorted(name for name in sys.modules if name.split(".")[0] in ("
 """
 
 
-@pytest.mark.parametrize("rule", ["clips", "calibrate", "quantize", "restore", "measure", "tables", "figures"])
+@pytest.mark.parametrize("rule", ["clips", "calibrate", "quantize", "restore", "measure", "tables", "figures", "layers"])
 def test_every_module_that_a_stage_loads_is_in_its_digest(finished, tmp_path, rule):
     """An edit of a module that a stage uses would go unnoticed if its rule did not name the file."""
     results = finished / "results"
@@ -161,6 +165,7 @@ def test_every_module_that_a_stage_loads_is_in_its_digest(finished, tmp_path, ru
         ],
         "tables": ["--checkpoint", checkpoint, "--out", tmp_path / "out", *measured],
         "figures": ["--out", tmp_path / "out", *measured],
+        "layers": ["--checkpoint", checkpoint, "--calibration", results / "calibration", "--out", tmp_path / "out.csv"],
     }[rule]
     command = [sys.executable, "-c", LOADED, rule, "--config", str(results / "config.json"), *map(str, arguments)]
     done = subprocess.run(command, cwd=finished, env=tiny.environment(), capture_output=True, text=True)
@@ -168,7 +173,7 @@ def test_every_module_that_a_stage_loads_is_in_its_digest(finished, tmp_path, ru
     loaded = set(done.stdout.split("LOADED")[1].split()) - COMMON
     # tables and figures follow from the other stages: what those name makes them stale too. Figures load the order of rows from the
     # module of the tables, with types of the cost that they do not draw.
-    follows = {"tables": ("quantize", "measure"), "figures": ("clips", "quantize", "measure", "tables")}
+    follows = {"tables": ("quantize", "measure"), "figures": ("clips", "quantize", "measure", "tables"), "layers": ("quantize",)}
     rules = (*follows.get(rule, ()), rule)
     assert loaded - set().union(*(named(one) for one in rules)) == set()
 

@@ -157,11 +157,31 @@ def done(results: Path) -> int:
     return sum(not path.name.startswith(".") for path in found)
 
 
+MEASURED = 2  # last columns of the fairness card: seconds and memory of a job
+
+
 def outputs(project: Path, root: str = "results") -> dict[str, bytes]:
-    """Every file that a run promises, by path; logs and Snakemake's own time stamps apart."""
+    """Every file that a run promises, by path; logs and Snakemake's own time stamps apart.
+
+    How long quantizing took and how much memory it needed differ from run to run: the files of the benchmarks are left out, and so are their
+    two columns of the fairness card, which are all that they go into.
+    """
     results = project / root
     return {
-        str(file.relative_to(results)): file.read_bytes()
+        str(file.relative_to(results)): without_measured(file)
         for file in sorted(results.rglob("*"))
-        if file.is_file() and "logs" not in file.parts and file.name != ".snakemake_timestamp"
+        if file.is_file() and not {"logs", "benchmarks"} & set(file.parts) and file.name != ".snakemake_timestamp"
     }
+
+
+def without_measured(file: Path) -> bytes:
+    """A file's bytes; of the fairness card's table the cells before the measured ones, without the spaces that their widths decide."""
+    if file.stem != "fairness":
+        return file.read_bytes()
+    between, end = {".csv": (",", ""), ".md": ("|", "|"), ".tex": (" & ", r" \\")}[file.suffix]
+    lines = []
+    for line in file.read_text().splitlines():
+        cells = line.removesuffix(end).split(between)
+        table = len(cells) > MEASURED + 1 and line.endswith(end)
+        lines.append(between.join(cell.strip() for cell in cells[:-MEASURED]) if table else line)
+    return "\n".join(lines).encode()

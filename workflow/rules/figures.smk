@@ -13,6 +13,12 @@ rule figures:
     params:
         config=plan.settings_file,
         settings=plan.digest("methods", "metrics", "bits", "picture"),
-        code=code_digest("qvsr/stages/figures.py", "qvsr/report/*.py", "qvsr/results.py", "qvsr/data/clips.py"),
+        code=code_digest(
+            "qvsr/stages/figures.py",
+            "qvsr/report/figures.py",
+            "qvsr/report/tables.py",
+            "qvsr/results.py",
+            "qvsr/data/clips.py",
+        ),
     shell:
         "python -m qvsr figures --config {params.config} --out {output} {input.measured} > {log} 2>&1"

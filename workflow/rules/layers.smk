@@ -21,7 +21,9 @@ rule layers:
         settings=plan.digest("backbone", "sampling.tile", "threads"),
         code=code_digest(
             "qvsr/stages/layers.py",
-            "qvsr/report/*.py",
+            "qvsr/report/layers.py",
+            "qvsr/report/figures.py",
+            "qvsr/report/tables.py",
             "qvsr/results.py",
             "qvsr/quantvsr.py",
             "qvsr/quant/**/*.py",
