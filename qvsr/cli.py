@@ -232,6 +232,23 @@ def tables(
 
 
 @app.command()
+def ablation(
+    config: ConfigOption,
+    out: Out,
+    measured: Annotated[list[Path], typer.Argument(help="files written by measure")],
+    checkpoint: Annotated[list[Path] | None, typer.Option(help="quantized checkpoints of the rows")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Compile the tables of the ablation."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    import metrics as registered  # noqa: F401  (the tables need the metrics' facts)
+    from qvsr.stages import ablation as stage
+
+    stage.run(resolved, measured, checkpoint or [], out)
+
+
+@app.command()
 def figures(
     config: ConfigOption,
     out: Out,

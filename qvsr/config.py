@@ -272,6 +272,10 @@ class Config(Settings):
     external: dict[str, ExternalSettings] = Field(
         default_factory=dict, description="rows whose frames another program writes, by a name of their own"
     )
+    ablation: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="tables of {output}/ablation: a title, and its rows by name (methods or variants), each compared with the first",
+    )
     metrics: tuple[str, ...] = Field(
         ("psnr", "ssim", "gmsd", "ssim_gradient", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
     )
@@ -300,6 +304,14 @@ class Config(Settings):
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} is listed {names.count(name)} times, once is needed")
         return names
+
+    @field_validator("ablation")
+    @classmethod
+    def _rows_compare(cls, tables: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for title, names in tables.items():
+            if len(set(names)) < max(2, len(names)):
+                raise ValueError(f"ablation {title!r} has the rows {list(names)}: two or more different ones are needed")
+        return tables
 
     @model_validator(mode="after")
     def _names_known(self) -> Config:

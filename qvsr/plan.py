@@ -68,14 +68,15 @@ def check_names(config: Config) -> None:
         if not NAME.match(plugin.name):
             raise PluginError(f"{plugin}: {_named_badly(plugin.name)}")
     methods = [*own, *plugins()]
+    quantizing = [name for name in methods if name not in REFERENCES]
     for kind, asked, known in (
         ("method", config.methods, [*methods, "bicubic", *config.variants, *config.external]),
+        ("method", [name for names in config.ablation.values() for name in names], [*quantizing, *config.variants]),
         ("metric", config.metrics, declared("metrics", "METRICS")),
     ):
         for name in asked:
             if name not in known:
                 raise ConfigError(suggest(kind, name, known) + f"; see {kind}s in the configuration")
-    quantizing = [name for name in methods if name not in REFERENCES]
     for name, variant in config.variants.items():
         if name in (*methods, *REFERENCES):
             raise ConfigError(f"variants.{name}: {name} is a row already, a variant needs a name of its own")
@@ -243,14 +244,14 @@ class Plan:
         return [str(path) for path in (backbone.weights, backbone.vae_weights, flow) if path is not None]
 
     def quantized(self) -> list[tuple[str, str]]:
-        """(method, bits) of every quantized checkpoint."""
-        return [
-            (method, bits)
-            for method in self.config.methods
-            if method not in REFERENCES and method not in self.config.external
-            for bits in self.config.bits
-            if bits != UNQUANTIZED_BITS
-        ]
+        """(method, bits) of every quantized checkpoint of the tables."""
+        named = [method for method in self.config.methods if method not in (*REFERENCES, *self.config.external)]
+        return [(method, bits) for method in named for bits in self.config.bits]
+
+    def ablated(self) -> list[tuple[str, str]]:
+        """(method, bits) of every quantized checkpoint of the ablation's tables, each once."""
+        names = dict.fromkeys(name for names in self.config.ablation.values() for name in names)
+        return [(method, bits) for method in names for bits in self.config.bits]
 
     def external(self) -> list[tuple[str, str]]:
         """(method, bits) of every row whose frames a rule of the user's own writes."""
@@ -312,11 +313,11 @@ class Plan:
             return str(self.output / "clips" / dataset / "GT" / clip)
         return str(self.output / "restored" / dataset / f"{method}-{bits}" / clip)
 
-    def measured(self) -> list[str]:
-        """Result files of every row and clip."""
+    def measured(self, rows: Sequence[tuple[str, str]] | None = None) -> list[str]:
+        """Result files of every clip of rows, by default of the tables'."""
         return [
             str(self.output / "measured" / dataset / f"{method}-{bits}" / f"{clip}.jsonl")
-            for method, bits in self.rows()
+            for method, bits in (self.rows() if rows is None else rows)
             for dataset, clip in self.pairs()
         ]
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qvsr import results
 from qvsr.config import Config
 from qvsr.provenance import atomic_path
+
+if TYPE_CHECKING:
+    from qvsr.quant.cost import Facts
 
 
 def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], out: Path, benchmarks: Path | None = None) -> None:
@@ -19,19 +23,15 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         checkpoints: quantized U-Nets; their cost is counted on themselves.
         benchmarks: folder with ``{method}-{bits}.tsv`` of what quantizing took, as Snakemake writes them; None or without a file: not measured.
     """
-    from qvsr.models.checkpoints import load_backbone
-    from qvsr.quant import checkpoint as quantized
-    from qvsr.quant.cost import cost, measured_facts
+    from qvsr.quant.cost import cost
     from qvsr.report.fairness import Measured, fairness, read_benchmark, write_fairness
     from qvsr.report.tables import row_setting, write_cost, write_metrics
 
     rows = results.read(*measured)
-    full = measured_facts(load_backbone(config.backbone).unet, config)
+    full, quantized = described(config, checkpoints)
     costs, cards, settings = [cost(full, "full_precision", "W32A32")], [], {}
-    for checkpoint in checkpoints:
-        header = quantized.read_header(checkpoint)
+    for header, facts in quantized:
         method, bits = header["method"], header["bits"]
-        facts = measured_facts(quantized.load(checkpoint, load_backbone(config.backbone).unet), config)
         costs.append(cost(facts, method, bits))
         took = read_benchmark(benchmarks / f"{method}-{bits}.tsv") if benchmarks is not None else Measured()
         cards.append(fairness(header, facts, full, took))
@@ -42,6 +42,20 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         write_cost(partial, costs, call, config.methods)
         if cards:
             write_fairness(partial, cards, config.methods)
+
+
+def described(config: Config, checkpoints: Sequence[Path]) -> tuple[Facts, list[tuple[dict[str, Any], Facts]]]:
+    """What the full-precision U-Net is made of; and the header of each checkpoint, with what the U-Net with its layers is made of."""
+    from qvsr.models.checkpoints import load_backbone
+    from qvsr.quant import checkpoint as quantized
+    from qvsr.quant.cost import measured_facts
+
+    full = measured_facts(load_backbone(config.backbone).unet, config)
+    found = []
+    for checkpoint in checkpoints:
+        unet = quantized.load(checkpoint, load_backbone(config.backbone).unet)
+        found.append((quantized.read_header(checkpoint), measured_facts(unet, config)))
+    return full, found
 
 
 def variant_notes(config: Config) -> list[str]:
