@@ -1,12 +1,18 @@
 """What the documents say is there: files that links name, commands, settings, and nothing of a stranger's machine."""
 
+import os
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
+import sys
+import tomllib
 
 import pytest
 
 from qvsr.provenance import ROOT
+from tests import plugin
 
 
 def documents():
@@ -35,7 +41,7 @@ def test_paths_in_backticks_exist(document):
     """Paths of our own tree; what a run writes, or an example adds, is not there."""
     text = (ROOT / document).read_text()
     for path in re.findall(r"`((?:qvsr|baselines|metrics|workflow|config|tests|docs|scripts)/[\w./-]+)`", text):
-        if not path.startswith(("baselines/half", "metrics/mae", "tests/baselines/test_half", "tests/metrics/test_mae")):
+        if not path.startswith(("baselines/mine", "config/mine", "metrics/mae", "tests/metrics/test_mae")):
             assert (ROOT / path).exists(), f"{document} names {path}"
 
 
@@ -86,27 +92,40 @@ def test_text_between_marks_is_replaced_and_nothing_else(tmp_path):
         script["replace_between"](file, "u", "new")
 
 
-def test_examples_of_the_documents_run():
-    """The method and the metric of docs/add-a-*.md, as they stand there."""
+def blocks(document, language):
+    """Code of a document, in its order."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / document).read_text(), re.DOTALL)
+
+
+def test_the_example_of_a_metric_runs():
+    """The metric of docs/add-a-metric.md, as it stands there."""
     import torch
 
-    import baselines  # noqa: F401
     import metrics  # noqa: F401
-    from qvsr.config import QuantSpec
-    from qvsr.quant.layer import QuantLayer
-    from qvsr.registry import BASELINES, METRICS
+    from qvsr.registry import METRICS
 
-    for name in ("add-a-baseline", "add-a-metric"):
-        code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), re.DOTALL)[1]
-        exec(compile(code, name, "exec"), {"__name__": name})
+    exec(compile(blocks("add-a-metric.md", "python")[0], "add-a-metric", "exec"), {"__name__": "add-a-metric"})
     try:
-        unet = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-        quantized = BASELINES["half"](unet, [], QuantSpec(method="half", weight_bits=4, act_bits=4, exclude=("0",)))
-        assert [isinstance(layer, QuantLayer) for layer in quantized] == [False, True]
         assert METRICS["mae"](torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)).tolist() == [0.5]
     finally:
-        BASELINES.entries.pop("half", None)
         METRICS.entries.pop("mae", None)
+
+
+def test_the_examples_of_methods_pass_the_conformance_kit(tmp_path):
+    """The file and the package of docs/add-a-baseline.md, as they stand there, by the command that it gives."""
+    method, package, _ = blocks("add-a-baseline.md", "python")
+    for folder in ("qvsr", "baselines", "metrics", "config", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "baselines" / "half.py").write_text(method)
+    project = tomllib.loads(blocks("add-a-baseline.md", "toml")[0])["project"]
+    ((name, module),) = project["entry-points"]["qvsr.baselines"].items()
+    assert package.startswith(f'"""{module}.py: ') and project["name"].replace("-", "_") == module
+    installed = plugin.install(tmp_path / "installed", name, package, project["name"], project["version"])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
+    command = re.search(r"`python (-m tests.baselines.conformance halves '.*?')`", (ROOT / "docs" / "add-a-baseline.md").read_text())[1]
+    for arguments in (["-m", "tests.baselines.conformance", "half"], shlex.split(command)):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("passed") == 6, done.stdout + done.stderr
 
 
 def test_notice_names_every_source_of_data():
