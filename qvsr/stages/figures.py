@@ -46,6 +46,6 @@ def comparison_panels(config: Config, rows: Sequence[results.Row], dataset: str,
         frame = len(frames_THWC) // 2
         measured = "psnr" in config.metrics and method != plan.GROUND_TRUTH
         value = frame_value(rows, "psnr", dataset, clip, method, bits, frame) if measured else None
-        of = f" ({config.backbone.name})" if method == "full_precision" else "" if method in plan.REFERENCES else f" {bits}"
+        of = f" ({config.backbone.name})" if method == "full_precision" else "" if bits == plan.UNQUANTIZED_BITS else f" {bits}"
         panels.append(Panel(method.replace("_", " ") + of, frames_THWC[frame], value))
     return panels, frame
