@@ -197,6 +197,48 @@ class QDiffusionSettings(Settings):
     step_learning_rate: float = Field(4e-4, gt=0, description="of the activation step sizes; falls to 0 along a cosine")
 
 
+class EfficientDMSettings(Settings):
+    """EfficientDM (arXiv 2310.03270); counts and rates are the released code's."""
+
+    READ_IF: ClassVar[ReadIf] = {
+        "lora_learning_rate": ({"rank": True, "updates": True},),
+        "weight_learning_rate act_learning_rate zero_point_learning_rate": ({"updates": True},),
+        "base": ({"rank": True},),
+    }
+    rank: int = Field(
+        32,
+        ge=0,
+        description="of B A in Q(W0 + B A), Linear and convolutions alike; no more than a weight can have; 0: none",
+        json_schema_extra=EFFORT,
+    )
+    base: Literal["float", "rounded"] = Field(
+        "float", description="W0: the floating-point weight (the paper's formula), or the rounded one (the released code)"
+    )
+    by_step: bool = Field(True, description="activation scales and zero points of their own for each recorded timestep; else one for all")
+    range_samples: int = Field(
+        16,
+        ge=1,
+        description="calibration samples that the first activation ranges are searched on, all timesteps alike",
+        json_schema_extra=EFFORT,
+    )
+    range_values: int | None = Field(
+        None,
+        ge=1,
+        description="at most this many values of a layer's input, drawn at random, score its ranges; null: all",
+        json_schema_extra=EFFORT,
+    )
+    updates: int = Field(
+        16000,
+        ge=0,
+        description="optimizer steps, each on one recorded call; published: 160 walks over 100 sampling steps; 0: as searched",
+        json_schema_extra=EFFORT,
+    )
+    lora_learning_rate: float = Field(1 / 2500, gt=0, description="of B and A, in units of the layer's mean weight scale")
+    weight_learning_rate: float = Field(1e-6, ge=0, description="of the weights' scales")
+    act_learning_rate: float = Field(5e-4, ge=0, description="of the activations' scales")
+    zero_point_learning_rate: float = Field(5e-4, ge=0, description="of the activations' zero points, in levels; published: as the scales'")
+
+
 def reduced(settings: Settings) -> dict[str, tuple[Any, Any]]:
     """Effort fields that are read and below the defaults of their class, as ``{name: (value, default)}``; None stands for all there is.
 
@@ -233,6 +275,7 @@ class MethodSettings(Settings):
     exclude: tuple[str, ...] = Field(
         ("time_embed.0", "input_blocks.0.0", "out.2"), description="layers left at full precision, by name prefix"
     )
+    efficientdm: EfficientDMSettings = EfficientDMSettings()
     maxmin: MaxMinSettings = MaxMinSettings()
     passionsr: PassionSRSettings = PassionSRSettings()
     quarot: QuaRotSettings = QuaRotSettings()
