@@ -32,30 +32,29 @@ class _RoundTrained(torch.autograd.Function):
         position = x / scale
         whole = position.round()
         q = whole + zero_point
-        inside = (q >= 0) & (q <= top)
-        level = q.clamp_(0, top).sub_(zero_point)
+        level = q.clamp(0, top)
+        inside = q.eq_(level).bool()
+        level.sub_(zero_point)
         ctx.save_for_backward(inside, torch.where(inside, whole.sub_(position), level), scale)
-        ctx.zero_point_shape = zero_point.shape
-        return level * scale
+        return level.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (gradient,), (inside, slope, scale) = gradients, ctx.saved_tensors
         passed = gradient * inside
-        wanted = ctx.needs_input_grad
-        return (
-            passed if wanted[0] else None,
-            (gradient * slope).sum_to_size(scale.shape) if wanted[1] else None,
-            ((passed - gradient) * scale).sum_to_size(ctx.zero_point_shape) if wanted[2] else None,
-            None,
-        )
+        by_scale = by_zero_point = None
+        if ctx.needs_input_grad[1]:
+            by_scale = (slope * gradient).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            by_zero_point = (passed.sum_to_size(scale.shape) - gradient.sum_to_size(scale.shape)) * scale
+        return passed if ctx.needs_input_grad[0] else None, by_scale, by_zero_point, None
 
 
 def round_trained(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """:func:`qvsr.quant.affine.fake_quantize` with gradients for `x`, `scale` and `zero_point` (LSQ, arXiv 1902.08153, with an offset).
 
     The rounding passes gradients straight through. Inside the range `x` gets the whole gradient and `scale` the rounding error; beyond
-    it `scale` gets the outermost level and `zero_point`, which is rounded to a whole number first, the shift of the range.
+    it `scale` gets the outermost level and `zero_point`, which is rounded to a whole number first and shaped as `scale`, the range's shift.
     """
     whole = zero_point + (zero_point.round() - zero_point).detach()
     result: Tensor = _RoundTrained.apply(x, scale, whole, affine.levels(bits))  # type: ignore[no-untyped-call]
