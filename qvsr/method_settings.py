@@ -75,15 +75,23 @@ class MaxMinSettings(Settings):
 class PassionSRSettings(Settings):
     """PassionSR (arXiv 2411.17106)."""
 
+    READ_IF: ClassVar[ReadIf] = {
+        "alpha transform_epochs": ({"transform": True},),
+        "transform_learning_rate": ({"transform": True, "transform_epochs": True},),
+        "bounds_learning_rate": ({"bounds_epochs": True},),
+        "relative": ({"transform": True, "transform_epochs": True}, {"bounds_epochs": True}),
+    }
     channel_split: bool = Field(True, description="two halves of the input channels with bounds of their own")
     transform: bool = Field(True, description="the learnable equivalent transform, a factor and an offset per input channel; else none")
     alpha: float = Field(0.3, ge=0, le=1, description="the factors start as amax^alpha / wmax^alpha")
     ema: float = Field(0.95, gt=0, lt=1, description="decay of the starting activation range over calibration samples")
     transform_epochs: float = Field(
-        2, ge=0, description="passes over the calibration samples that train the transform, one sample an update"
+        2, ge=0, description="passes over the calibration samples that train the transform, one sample an update", json_schema_extra=EFFORT
     )
     transform_learning_rate: float = Field(1e-5, gt=0, description="of the transform; a tenth of it in the second half of the updates")
-    bounds_epochs: float = Field(2, ge=0, description="passes that train the bounds of weights and activations; 0: minimum and maximum")
+    bounds_epochs: float = Field(
+        2, ge=0, description="passes that train the bounds of weights and activations; 0: minimum and maximum", json_schema_extra=EFFORT
+    )
     bounds_learning_rate: float = Field(1e-5, gt=0, description="of the bounds; a tenth of it in the second half of the updates")
     relative: bool = Field(
         False, description="learning rates count in units of each factor's or range's own size at the start, not in its own unit"
