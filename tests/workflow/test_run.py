@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,15 @@ def test_what_is_measured_of_a_job_is_left_out_of_comparisons_and_nothing_else(t
     assert tiny.without_measured(card.with_suffix(".tex")) == b"a & b\nno cells"
 
 
-def test_the_report_by_layer_on_request(finished):
+@pytest.fixture
+def asked_for_layers(finished):
+    """The finished run, where a report by layer may be made: it is not part of a run, so other tests must not find it."""
+    yield finished
+    shutil.rmtree(finished / "results" / "layers", ignore_errors=True)
+
+
+def test_the_report_by_layer_on_request(asked_for_layers):
+    finished = asked_for_layers
     wanted = "results/layers/maxmin-W4A4.csv"
     assert tiny.due(finished, wanted) == {"layers"}
     done = tiny.snakemake(finished, wanted)
@@ -74,7 +83,8 @@ def test_the_report_by_layer_on_request(finished):
     assert {row["layer"] for row in rows} == set(layers)
     assert [row["t"] for row in rows if row["layer"] == rows[0]["layer"]] == ["", "0", "999"]  # over all, and the two recorded steps
     assert sum(float(row["macs_pct"]) for row in rows if not row["t"]) < 100
-    assert all(5 < float(row["output_sqnr_db"]) < 60 for row in rows if row["output_sqnr_db"])
+    found = sorted(float(row["output_sqnr_db"]) for row in rows if row["output_sqnr_db"])
+    assert found[0] > 0 and 10 < found[len(found) // 2] < 30, found  # 4 bits of weights and inputs: about 20 dB each
     assert (finished / "results" / "layers" / "maxmin-W4A4.png").stat().st_size > 10000
     log = (finished / "results" / "logs" / "layers" / "maxmin-W4A4.log").read_text()
     assert "maxmin W4A4, 2 of 2 calibration samples\nworst layers" in log and len(log.splitlines()) == 12
