@@ -38,4 +38,4 @@ def test_what_a_switch_leaves_without_a_reader_does_not_count(switches: dict[str
 def test_the_small_model_runs_reduced_methods() -> None:
     method = load(ROOT / "config" / "default.yaml").method
     found = {name for name, value in method if isinstance(value, Settings) and reduced(value)}
-    assert found >= {"q_diffusion", "quantvsr", "svdquant"} and not found & {"maxmin", "quarot", "vidit_q"}
+    assert found >= {"efficientdm", "passionsr", "q_diffusion", "quantvsr", "svdquant"} and not found & {"maxmin", "quarot", "vidit_q"}
