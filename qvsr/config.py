@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from qvsr.method_settings import MethodSettings, PluginSettings, unread
 from qvsr.registry import plugins, suggest
-from qvsr.settings import Settings
+from qvsr.settings import Settings, UnknownKeyError
 
 BITS = re.compile(r"^W([2-8]|32)A([2-8]|32)$")
 SpecBits = Annotated[
@@ -424,9 +424,9 @@ def describe(error: ValidationError, source: str, root: type[Settings] | None = 
     """One line for the first thing wrong in a settings file, or in a part of one whose class is `root`."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "unknown_key":  # of a class that knows its keys by itself
-        key, known = first["ctx"]["key"], first["ctx"]["known"]
-        return f"{source}: unknown key {where}.{key}: {suggest('key', key, known)}"
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, UnknownKeyError):
+        return f"{source}: unknown key {where}.{raised.key}: {suggest('key', raised.key, raised.known)}"
     if first["type"] == "extra_forbidden":
         owner = _settings_at(first["loc"][:-1], root or Config)
         known = ", ".join(owner.model_fields) if owner else "see config/README.md"

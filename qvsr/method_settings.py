@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from qvsr.registry import plugins
-from qvsr.settings import ReadIf, Settings
+from qvsr.settings import ReadIf, Settings, UnknownKeyError
 
 # What a method does not read is refused, not ignored: a class whose settings count only beside others says which in `READ_IF`, keys (several
 # separated by spaces) and what must hold of the others. True stands for "switched on" (true, or a number above 0); all conditions of a mapping
@@ -297,7 +296,7 @@ class MethodSettings(Settings):
     def _methods_known(cls, given: Any) -> Any:
         for name in given if isinstance(given, Mapping) else ():
             if name not in cls.model_fields and name not in plugins():
-                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(name), "known": [*cls.model_fields, *plugins()]})
+                raise UnknownKeyError(str(name), [*cls.model_fields, *plugins()])
         return given
 
 

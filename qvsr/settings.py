@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 ReadIf = Mapping[str, tuple[Mapping[str, Any], ...]]
+
+
+class UnknownKeyError(ValueError):
+    """A key that is none of a class whose keys are not its fields alone."""
+
+    def __init__(self, key: str, known: Sequence[str]) -> None:
+        super().__init__(f"unknown key {key}")
+        self.key, self.known = key, known
 
 
 class Settings(BaseModel):
