@@ -15,6 +15,9 @@ for the others. The constant ``W o`` is exact at zero-padded borders, where fewe
 Cost: at run time a subtraction and a division a channel, and the constant, one more number a channel and tap; s of a layer behind an affine norm could be
 folded into that norm. To calibrate: two full-precision calls a sample and four epochs of training the whole network.
 
+What to expect of the loss: the squared error of the output weighs all timesteps alike, while an error at the last of them hardly reaches the restored
+frames. In the small model of config/default.yaml that timestep has most of the loss, so a high rate lowers the loss and can still take fidelity away.
+
 Deviations:
 - products of attention are not quantized, because no method's are here; so the factors of their operands (s_qk on the head dimension, s_vw on the keys)
   have nothing to act on and are left out;
