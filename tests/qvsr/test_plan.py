@@ -136,7 +136,7 @@ def test_without_a_file_the_default_configuration():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"methods": ["maxmim"]}, "no method 'maxmim'; did you mean maxmin? known: bicubic, full_precision, maxmin"),
+        ({"methods": ["maxmim"]}, "no method 'maxmim'; did you mean maxmin? known: bicubic, efficientdm, full_precision, maxmin"),
         ({"metrics": ["psrn"]}, "no metric 'psrn'; did you mean psnr? known: "),
     ],
 )

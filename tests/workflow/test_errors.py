@@ -44,7 +44,7 @@ def restore(project: Path, out: Path, *more: str, config: str = "results/config.
     ("override", "words"),
     [
         ("metric=[psnr]", ["config/tiny.yaml: unknown key metric", "did you mean metrics?"]),
-        ("methods=[maxmim]", ["no method 'maxmim'; did you mean maxmin? known: bicubic, full_precision, maxmin, "]),
+        ("methods=[maxmim]", ["no method 'maxmim'; did you mean maxmin? known: bicubic, efficientdm, full_precision, maxmin, "]),
         (
             "variants={rotation: {settings: {rotatoin: false}}}",
             ["variants.rotation.settings: unknown key rotatoin", "did you mean rotation?"],
