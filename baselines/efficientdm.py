@@ -13,7 +13,9 @@ the timestep, not by counting calls, which tiles would break: tiles of one step 
 
 Cost: none at run time beyond integer layers and the table of scales. Training runs the whole network forwards and backwards with the weights of all
 layers rounded anew: 16,000 updates by default, which is the published number (160 walks over 100 sampling steps); here a walk has as many steps
-as were recorded of each clip, so the walks are more, and so are the updates of each step's scales. Fewer updates are a *reduced* EfficientDM.
+as were recorded of each clip, so the walks are more, and so are the updates of each step's scales. Fewer updates are a *reduced* EfficientDM:
+the default configuration's 80 give each step's scales 16, with which B A brings nearly all of the gain and scales by step none
+(`config/default.yaml`, W4A4, loss from 0.159: all 0.091, one scale for all steps 0.088, without B A 0.159, W0 rounded 0.100).
 
 Deviations:
 - only some of the sampling steps are recorded (`calibration.steps`), and only these have a row in the table. Another step takes the row of the
