@@ -384,6 +384,8 @@ class QuantSpec(Settings):
     exclude: tuple[str, ...] = MethodSettings().exclude
     settings: dict[str, Any] = Field(default_factory=dict, description="the method's own settings, as plain values")
     seed: int = 42
+    schedule: ScheduleSettings | None = Field(None, description="the backbone's noise schedule; None where a caller has none")
+    steps: int | None = Field(None, description="sampling steps; None where a caller does not sample")
 
     @property
     def bits(self) -> str:

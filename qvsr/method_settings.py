@@ -24,7 +24,7 @@ EFFORT: Any = {"effort": True}
 
 
 class QuantVSRSettings(Settings):
-    """QuantVSR (arXiv 2508.04485); each part can be switched off."""
+    """QuantVSR (arXiv 2508.04485), whose parts can be switched off, and what goes beyond it, which can be switched on."""
 
     READ_IF: ClassVar[ReadIf] = {
         "stca refine rank_min": ({"branch": True},),
@@ -52,11 +52,55 @@ class QuantVSRSettings(Settings):
     accumulate: int = Field(4, ge=1, description="calibration samples of one optimizer step", json_schema_extra=EFFORT)
     learning_rate: float = Field(1e-3, gt=0, description="of refinement and bias alignment")
     weight_decay: float = Field(0.01, ge=0, description="of refinement and bias alignment")
+    limit_ranks: bool = Field(
+        False,
+        description="give a layer whose weight cannot have its rank the highest it can, as the released code does; else such a rank is refused",
+    )
+    act_clip: bool = Field(
+        False, description="beyond the paper: narrow each layer's dynamic activation range by a factor found on calibration samples"
+    )
+    act_clip_power: float = Field(
+        3.0, ge=1, le=10, description="act_clip: of the rounding error that the factor minimises; 2 cuts off too much"
+    )
+    weight_ranges: Literal["minmax", "searched"] = Field(
+        "minmax", description="weight ranges from minimum to maximum, or beyond the paper those of least rounding error"
+    )
+    refresh_ranges: bool = Field(
+        False,
+        description="beyond the paper: weight ranges follow the residual while L1 and L2 are trained; as published they stay, and cut it off",
+    )
+    residual: Literal["rtn", "gptq"] = Field(
+        "rtn", description="what the branch leaves to nearest, or beyond the paper by GPTQ on rounded inputs"
+    )
+    gptq_rows: int = Field(512, ge=0, description="input vectors of each call of a layer that enter its Hessian; 0: all")
+    stca_search: bool = Field(
+        False, description="beyond the paper: both thresholds of the ranks by search, with a branch no larger than at `quantile`"
+    )
+    bias: Literal["trained", "measured"] = Field(
+        "trained", description="the alignment by gradient steps, or beyond the paper from the mean error of each channel, layer after layer"
+    )
+    bias_by_step: bool = Field(False, description="beyond the paper: a bias for each recorded timestep instead of one; folds into a table")
+    mixed: Literal["none", "weights", "activations", "both"] = Field(
+        "none", description="beyond the paper: bits layer by layer, their average at most those of the row"
+    )
+    mixed_span: int = Field(2, ge=1, le=6, description="mixed: bits up to this many below and above the row's, within 2 to 8")
+    mixed_idle: Literal["free", "nominal"] = Field(
+        "free", description="mixed: layers that do not reach the output pay for others (free), or keep the row's bits (nominal)"
+    )
+    loss_weight: Literal["equal", "x0", "latent"] = Field(
+        "equal",
+        description="calibration samples count alike, or beyond the paper by how far an error of the output moves the clean latent or the sampler's next one",
+    )
+    search_samples: int = Field(
+        10, ge=1, description="calibration samples, evenly spaced, that act_clip, residual, stca_search and mixed look at"
+    )
 
     @model_validator(mode="after")
     def _ranks_ordered(self) -> QuantVSRSettings:
         if self.rank_min > self.rank_max:
             raise ValueError(f"rank_min {self.rank_min} is above rank_max {self.rank_max}")
+        if self.bias_by_step and not self.lba:
+            raise ValueError("bias_by_step is the bias alignment's, and lba is false: leave it out")
         return self
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,19 @@ def replace(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), leaf, module)
 
 
+@contextmanager
+def exchanged(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the block, the modules of these names are replaced by others; those that were there are put back at its end."""
+    before = {name: network.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        replace(network, name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            replace(network, name, module)
+
+
 def quant_layers(network: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of a network by name, in its order."""
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantLayer)}
@@ -88,7 +102,7 @@ def follow_timesteps(network: nn.Module) -> None:
     tables = [
         layer
         for layer in network.modules()
-        if isinstance(layer, ByTimestep) or (isinstance(layer, QuantLayer) and len(layer.act_timesteps) > 1)
+        if isinstance(layer, ByTimestep) or (isinstance(layer, QuantLayer) and max(len(layer.act_timesteps), len(layer.bias_timesteps)) > 1)
     ]
     if not tables:
         return
@@ -100,7 +114,7 @@ def follow_timesteps(network: nn.Module) -> None:
         t: Tensor = kwargs["t"] if "t" in kwargs else args[1]
         values = torch.unique(t)
         if values.numel() != 1:
-            raise QuantError(f"static ranges by timestep need one timestep a call, found {values.tolist()}")
+            raise QuantError(f"tables by timestep need one timestep a call, found {values.tolist()}")
         shared.value = int(values)
 
     network.register_forward_pre_hook(note, with_kwargs=True)

@@ -212,7 +212,7 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         layer.geometry.weight_shape,
         positions,
         input_positions,
-        bias=0 if total is None else total.numel(),
+        bias=0 if total is None else total.shape[-1],
         weight_bits=layer.weight_bits,
         act_bits=layer.act_bits,
         rank=layer.rank,

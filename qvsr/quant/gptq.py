@@ -12,7 +12,7 @@ other, in any number of passes over the samples (the published code goes block b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +38,17 @@ class Rounded:
     kept_nearest: int
 
 
-def input_rows(layer: QuantLayer, x: Tensor, limit: int = 0, generator: torch.Generator | None = None) -> Tensor:
-    """The vectors that the layer's weight matrix multiplies, before rounding.
+def input_rows(layer: QuantLayer, x: Tensor, limit: int = 0, generator: torch.Generator | None = None, rounded: bool = False) -> Tensor:
+    """The vectors that the layer's weight matrix multiplies.
 
     Args:
         x: the layer's input: ``(…, K)`` for Linear, ``(B, K, …)`` for convolutions.
         limit: take at most this many vectors, drawn without repetition from `generator`; 0: all.
+        rounded: as the layer's activation quantizer rounds them; else before rounding.
     Returns:
         ``(rows, K·taps)``: smoothed, rotated, and with the convolution's zero padding where a patch crosses the border.
     """
-    parts, geometry = layer.input_parts(x), layer.geometry
+    parts, geometry = layer.rounded_parts(x) if rounded else layer.input_parts(x), layer.geometry
     if layer.is_linear:
         rows = torch.cat(parts, -1).reshape(-1, geometry.in_channels)
         return rows[_drawn(rows.shape[0], limit, generator).to(x.device)]
@@ -83,6 +84,8 @@ def hessians(
     limit: int = 0,
     seed: int = 0,
     report: Callable[[int, int], None] | None = None,
+    rounded: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Mean of ``x x^T`` over the inputs that a network gives its layers, float64 ``(K·taps, K·taps)`` each.
 
@@ -90,22 +93,26 @@ def hessians(
         network: runs as it is; the inputs of its modules of the layers' names are taken, whatever these modules are.
         layers: quantized layers by name, which say how an input is transformed; they need not be in the network yet.
         limit: input vectors of each call of a layer that are used, drawn by `seed` and the layer's place; 0: all.
+        rounded: inputs as the layer's activation quantizer rounds them.
+        weights: of each sample's inputs, by sample; None: all 1.
     Raises:
         QuantError: a layer that never ran.
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = dict.fromkeys(layers, 0)
     # one stream a layer: what one draws does not depend on which others are observed in the same pass
+    weight = 1.0
     streams = {name: torch.Generator().manual_seed(seed) for name in layers}
 
     def see(name: str, x: Tensor) -> None:
-        seen = input_rows(layers[name], x, limit, streams[name])
-        product = (seen.T @ seen).double()
+        seen = input_rows(layers[name], x, limit, streams[name], rounded)
+        product = (seen.T @ seen).double() if weight == 1 else (seen.T @ seen).double().mul_(weight)
         sums[name] = sums[name].add_(product) if name in sums else product
         rows[name] += seen.shape[0]
 
     with observe_inputs({name: network.get_submodule(name) for name in layers}, see):
         for index in range(len(samples)):
+            weight = 1.0 if weights is None else weights[index]
             call(network, samples[index])
             if report is not None:
                 report(index + 1, len(samples))
@@ -207,6 +214,8 @@ def round_layers(
     seed: int = 0,
     damp: float = 0.01,
     act_order: bool = False,
+    rounded: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Rounded]:
     """Round open layers by GPTQ with the inputs that a full-precision network gives the modules of their names.
 
@@ -220,7 +229,7 @@ def round_layers(
     groups = list(_groups(layers))
     for number, group in enumerate(groups):
         with progress(f"GPTQ inputs {number + 1}/{len(groups)}") as report:
-            found = hessians(network, group, samples, limit, seed, report)
+            found = hessians(network, group, samples, limit, seed, report, rounded, weights)
         for name, layer in group.items():
             results[name] = round_layer(layer, found.pop(name), damp, act_order=act_order)
     return results

@@ -3,7 +3,7 @@
     y = low_bit(T(x)) + L1 L2 x' + bias + W offset,     x' = (x - offset) / smooth
 
 T subtracts the offset from the input, if there is one, divides it by the smoothing scale, cuts its channels into parts, rotates each part and
-rounds it with its own activation quantizer (dynamic per tensor, frame or token, or static with a table by timestep). The low-bit weight is the
+rounds it with its own activation quantizer (dynamic per tensor, frame or token, with a factor that narrows the range, or static with a table by timestep). The low-bit weight is the
 weight less L1 L2, transformed alike, with a scale and a zero point per output channel and part: groups of 64 input channels are parts of 64. The
 branch L1 L2 sees the unrotated, unrounded x' and runs as two thin layers. ``W offset`` is a constant of the full-precision weight; at a zero-padded
 border fewer taps see the offset, so it is stored tap by tap and laid out for the size of the input.
@@ -139,14 +139,27 @@ class QuantLayer(nn.Module):
         self.execution = "simulated"
         self.timestep = Timestep()
         self.act_timesteps: tuple[int, ...] = ()
+        self.bias_timesteps: tuple[int, ...] = ()
         self._cache: tuple[Any, list[Tensor]] | None = None
         self._rotated_weight: Tensor | None = None
         self._grid: tuple[Tensor, Tensor] | None = None
+        self.weight_shrink: tuple[Tensor, ...] | None = None
+        self.refresh_ranges = False
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         self.correction: nn.Parameter | None = None
-        for buffer in ("weight", "weight_q", "weight_scale", "weight_zero_point", "smooth", "signs", "act_scale", "act_zero_point"):
+        for buffer in (
+            "weight",
+            "weight_q",
+            "weight_scale",
+            "weight_zero_point",
+            "smooth",
+            "signs",
+            "act_scale",
+            "act_zero_point",
+            "act_clip",
+        ):
             self.register_buffer(buffer, None)
         for buffer in ("offset", "offset_taps"):
             self.register_buffer(buffer, None)
@@ -164,6 +177,7 @@ class QuantLayer(nn.Module):
     signs: Tensor | None
     act_scale: Tensor | None
     act_zero_point: Tensor | None
+    act_clip: Tensor | None
 
     # ---------------------------------------------------------------- construction
 
@@ -223,6 +237,14 @@ class QuantLayer(nn.Module):
         self.weight_zero_point = torch.stack([zero for _, zero in pairs], 1)
         self._cache = self._grid = None
 
+    @torch.no_grad()
+    def refresh_weight_ranges(self) -> None:
+        """Weight ranges of an open layer from what the branch leaves over now, times the factors ``(N, 1, …)`` a part in `weight_shrink`."""
+        ranges = [affine.channel_range(part) for part in self._residual().split(self.parts, 1)]
+        if self.weight_shrink is not None:
+            ranges = [(low * factor, high * factor) for (low, high), factor in zip(ranges, self.weight_shrink, strict=True)]
+        self.set_weight_ranges(ranges)
+
     def set_static_activations(self, low: Tensor, high: Tensor, timesteps: Sequence[int] = ()) -> None:
         """Fixed activation ranges instead of dynamic ones.
 
@@ -237,8 +259,37 @@ class QuantLayer(nn.Module):
             )
         if self.act_granularity != "tensor":
             raise QuantError(f"{self.name}: static activation ranges are per tensor, its plan says per {self.act_granularity}")
-        self.act_scale, self.act_zero_point = self._act_grid(low, high)
+        self.act_scale, self.act_zero_point = self.act_grid(low, high, self.act_bits)
         self.act_timesteps = tuple(timesteps)
+
+    def set_activation_clip(self, factors: Tensor) -> None:
+        """Narrow dynamic activation ranges by a factor ``(P,)`` a part: a range ``low … high`` becomes ``factor * low … factor * high``."""
+        if factors.shape != (len(self.parts),) or not bool(((factors > 0) & (factors <= 1)).all()):
+            raise QuantError(
+                f"{self.name}: activation factors {factors.tolist()} are not one above 0 and up to 1 for each of {len(self.parts)} parts"
+            )
+        if self.act_scale is not None:
+            raise QuantError(f"{self.name}: its activation ranges are static; factors narrow dynamic ones")
+        self.act_clip = factors
+
+    def start_correction(self, timesteps: Sequence[int] = ()) -> nn.Parameter:
+        """A correction of the output, zero, that training can fill in and :meth:`fold_correction` adds to the bias.
+
+        Args:
+            timesteps: S upper bounds in rising order, which give the correction, and later the bias, S rows; rows are chosen as for
+                :meth:`set_static_activations`. Empty: one correction for all timesteps.
+        """
+        if list(timesteps) != sorted(set(timesteps)):
+            raise QuantError(f"{self.name}: a bias table's timesteps {list(timesteps)} do not rise")
+        if self.bias is not None and self.bias.dim() == 2 and tuple(timesteps) != self.bias_timesteps:
+            raise QuantError(
+                f"{self.name}: its bias is by timesteps {list(self.bias_timesteps)}, a correction by {list(timesteps)} does not fit"
+            )
+        self.bias_timesteps = tuple(timesteps)
+        channels = self.geometry.out_channels
+        shape = (len(timesteps), channels) if timesteps else (channels,)
+        self.correction = nn.Parameter(self.weight_scale.new_zeros(shape), requires_grad=False)
+        return self.correction
 
     def _draw_rotations(self, signs: list[Tensor]) -> None:
         self.signs = torch.cat(signs)
@@ -281,7 +332,8 @@ class QuantLayer(nn.Module):
         if self.correction is None:
             return y
         # not as the operation's bias: its backward pass would compute the gradient of the whole weight too
-        return y + (self.correction if self.is_linear else self._along_inputs(self.correction))
+        correction = self._bias_row(self.correction)
+        return y + (correction if self.is_linear else self._along_inputs(correction))
 
     def offset_constant(self, taps: Tensor, shape: Sequence[int]) -> Tensor:
         """What an offset took from the output, for an input of this shape: ``(N,)`` for Linear, one map ``(1, N, …)`` for convolutions.
@@ -309,8 +361,8 @@ class QuantLayer(nn.Module):
 
     def _linear(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.geometry.in_channels)
-        inputs = self.quantized_inputs(x if self.act_granularity == "frame" else rows)
-        inputs, weights, bias = [part.reshape(-1, part.shape[-1]) for part in inputs], self.quantized_weights(), self.bias
+        inputs = self.quantized_inputs(self.as_ranged(x))
+        inputs, weights, bias = [part.reshape(-1, part.shape[-1]) for part in inputs], self.quantized_weights(), self._bias_now()
         y = F.linear(inputs[0], weights[0], bias)
         for part, weight in zip(inputs[1:], weights[1:], strict=True):
             y.addmm_(part, weight.T)
@@ -326,7 +378,7 @@ class QuantLayer(nn.Module):
         y = convolve(
             inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1),
             weights[0] if len(weights) == 1 else torch.cat(weights, 1),
-            self.bias,
+            self._bias_now(),
             *how,
         )
         if self.up is None or self.down is None:
@@ -336,6 +388,24 @@ class QuantLayer(nn.Module):
             return y + torch.matmul(self.up, thin).view(y.shape)
         y.view(*thin.shape[:1], geometry.out_channels, -1).baddbmm_(self.up.expand(thin.shape[0], -1, -1), thin)
         return y
+
+    def unrounded(self, x: Tensor, inputs: Sequence[Tensor], residual: Tensor) -> Tensor:
+        """What an open layer returns where nothing is rounded.
+
+        Args:
+            inputs: :meth:`input_parts` of ``as_ranged(x)``; residual: the rotated weight less the branch, as in :meth:`rounding` but shaped as a weight.
+        """
+        if self.smooth is not None:
+            x = x / (self.smooth if self.is_linear else self._along_inputs(self.smooth))
+        if self.is_linear:
+            y = F.linear(torch.cat(list(inputs), -1).reshape(*x.shape[:-1], -1), residual, self._bias_now())
+            return y if self.up is None or self.down is None else y + x @ self.down.T @ self.up.T
+        convolve = _CONV[len(self.geometry.kernel)]
+        how = (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        y = convolve(torch.cat(list(inputs), 1), residual, self._bias_now(), *how)
+        if self.up is None or self.down is None:
+            return y
+        return y + torch.matmul(self.up, convolve(x, self.down, None, *how).flatten(2)).view(y.shape)
 
     def quantized_inputs(self, x: Tensor) -> list[Tensor]:
         """The rotated and rounded parts of a (smoothed) input, in floating point: channels last for Linear, on axis 1 for convolutions."""
@@ -352,6 +422,8 @@ class QuantLayer(nn.Module):
             key = (self.up._version, self.down._version) if self.up is not None and self.down is not None else None
             if self._cache is not None and self._cache[0] == key:
                 return self._cache[1]
+        if trained and self.refresh_ranges:
+            self.refresh_weight_ranges()
         scale, zero_point = self._weight_grid()
         if self.is_open:
             values = affine.fake_quantize(self._residual(), scale, zero_point, self.weight_bits)
@@ -407,6 +479,14 @@ class QuantLayer(nn.Module):
         residual = target - branch
         return target, affine.dequantize(self.integers(), scale, zero_point) + branch, residual, torch.round(residual / scale) + zero_point
 
+    def rounded_parts(self, x: Tensor) -> list[Tensor]:
+        """:meth:`input_parts` after rounding, as :meth:`forward` multiplies them."""
+        return self.quantized_inputs(self.as_ranged(self._scaled(x)))
+
+    def as_ranged(self, x: Tensor) -> Tensor:
+        """An input in the form that its activation ranges are taken of: Linear's tokens in rows, unless frames have ranges of their own."""
+        return x.reshape(-1, self.geometry.in_channels) if self.is_linear and self.act_granularity != "frame" else x
+
     def freeze(self) -> None:
         """Integers for good: the floating-point weight is dropped. L1, L2 keep their values and are no longer trained."""
         self.set_integers(self.integers())
@@ -453,18 +533,29 @@ class QuantLayer(nn.Module):
 
     def _act_qparams(self, piece: Tensor, part: int) -> tuple[Tensor, Tensor]:
         if self.act_scale is None or self.act_zero_point is None:
-            return self._act_grid(*self._act_range(piece.detach()))
-        row = 0
-        if len(self.act_timesteps) > 1:
-            now = self.timestep.value
-            if now is None:
-                raise QuantError(
-                    f"{self.name}: its activation ranges depend on the timestep, and none was set (qvsr.quant.apply.follow_timesteps)"
-                )
-            row = next((index for index, bound in enumerate(self.act_timesteps) if now <= bound), len(self.act_timesteps) - 1)
+            low, high = self.act_range(piece.detach())
+            if self.act_clip is not None:
+                low, high = low * self.act_clip[part], high * self.act_clip[part]
+            return self.act_grid(low, high, self.act_bits)
+        row = self._row(self.act_timesteps, "activation ranges depend")
         return self.act_scale[row, part], self.act_zero_point[row, part]
 
-    def _act_range(self, piece: Tensor) -> tuple[Tensor, Tensor]:
+    def _row(self, bounds: Sequence[int], what: str) -> int:
+        """The row of a table by timestep: the first whose upper bound is at least the timestep, the last beyond all."""
+        if len(bounds) < 2:
+            return 0
+        now = self.timestep.value
+        if now is None:
+            raise QuantError(f"{self.name}: its {what} on the timestep, and none was set (qvsr.quant.apply.follow_timesteps)")
+        return next((index for index, bound in enumerate(bounds) if now <= bound), len(bounds) - 1)
+
+    def _bias_row(self, bias: Tensor) -> Tensor:
+        return bias[self._row(self.bias_timesteps, "bias depends")] if bias.dim() == 2 else bias
+
+    def _bias_now(self) -> Tensor | None:
+        return None if self.bias is None else self._bias_row(self.bias)
+
+    def act_range(self, piece: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of what shares a range, shaped to broadcast over the piece."""
         if self.act_granularity_used == "tensor":
             return affine.tensor_range(piece)
@@ -472,10 +563,11 @@ class QuantLayer(nn.Module):
             return affine.channel_range(piece)  # whatever axis 0 is
         return affine.vector_range(piece, -1 if self.is_linear else 1)
 
-    def _act_grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def act_grid(self, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of an activation range, of the layer's kind, for some number of bits."""
         if self.act_symmetric:
-            low, high = affine.symmetric_range(low, high, self.act_bits)
-        return affine.qparams(low, high, self.act_bits, self.scale_floor)
+            low, high = affine.symmetric_range(low, high, bits)
+        return affine.qparams(low, high, bits, self.scale_floor)
 
     def _residual(self) -> Tensor:
         """Rotated weight less the rotated branch: ``R(W) - L1 R(L2)``, the same as rotating the difference and much cheaper to train."""
@@ -537,6 +629,7 @@ class QuantLayer(nn.Module):
             "offset": self.offset is not None,
             "activations": "dynamic" if self.act_scale is None else "static",
             "act_timesteps": list(self.act_timesteps),
+            "bias_timesteps": list(self.bias_timesteps),
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -554,6 +647,7 @@ class QuantLayer(nn.Module):
             "signs": self.signs,
             "act_scale": self.act_scale,
             "act_zero_point": self.act_zero_point,
+            "act_clip": self.act_clip,
         }
         if self.stored_rotation:
             roles |= {f"rotation.{part}": getattr(self, f"rotation_{part}") for part in range(len(self.parts))}
@@ -585,7 +679,8 @@ class QuantLayer(nn.Module):
         )
         layer.smooth, layer.act_scale, layer.act_zero_point = state.get("smooth"), state.get("act_scale"), state.get("act_zero_point")
         layer.offset, layer.offset_taps = state.get("offset"), state.get("offset_taps")
-        layer.act_timesteps = tuple(facts["act_timesteps"])
+        layer.act_clip = state.get("act_clip")
+        layer.act_timesteps, layer.bias_timesteps = tuple(facts["act_timesteps"]), tuple(facts.get("bias_timesteps", ()))
         for role in ("up", "down", "bias"):
             if role in state:
                 setattr(layer, role, nn.Parameter(state[role], requires_grad=False))

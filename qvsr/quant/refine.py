@@ -74,9 +74,11 @@ def call(network: nn.Module, sample: Sample) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(network: nn.Module, samples: Samples, indices: Sequence[int]) -> float:
-    """Mean squared difference to the recorded outputs, over some samples."""
-    return sum(float(F.mse_loss(call(network, samples[i]), samples[i].out)) for i in indices) / len(indices)
+def mean_loss(network: nn.Module, samples: Samples, indices: Sequence[int], weights: Sequence[float] | None = None) -> float:
+    """Mean squared difference to the recorded outputs, over some samples, each times its weight."""
+    return sum(
+        float(F.mse_loss(call(network, samples[i]), samples[i].out)) * (1.0 if weights is None else weights[i]) for i in indices
+    ) / len(indices)
 
 
 def train(
@@ -91,6 +93,7 @@ def train(
     what: str = "refine",
     progress: Callable[[int, int], None] | None = None,
     factor: float = LR_FACTOR,
+    weights: Sequence[float] | None = None,
 ) -> Curve:
     """Minimise the squared difference to the recorded full-precision output over `parameters`, and nothing else.
 
@@ -103,6 +106,7 @@ def train(
         what: names this training in messages.
         progress: called with (updates done, updates in all).
         factor: what the learning rate is multiplied by after half of the updates.
+        weights: of each sample's loss, by sample; None: all 1.
     Returns:
         the losses. The parameters are trained, or as they were if the loss did not fall on the probed samples: a few updates at a rate made
         for many can do more harm than rounding did (the published code, with many, keeps whatever comes out).
@@ -112,7 +116,7 @@ def train(
     if len(samples) == 0:
         raise QuantError(f"{what}: the calibration set is empty")
     probes = sorted({round(i * (len(samples) - 1) / max(1, PROBES - 1)) for i in range(PROBES)})
-    before = mean_loss(network, samples, probes)
+    before = mean_loss(network, samples, probes, weights)
     if updates == 0 or not parameters:
         return Curve(before, before, ())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -126,8 +130,11 @@ def train(
             for update in range(updates):
                 total = 0.0
                 for _ in range(accumulate):
-                    sample = samples[next(order)]
+                    index = next(order)
+                    sample = samples[index]
                     loss = F.mse_loss(call(network, sample), sample.out)
+                    if weights is not None:
+                        loss = loss * weights[index]
                     (loss / accumulate).backward()  # type: ignore[no-untyped-call]
                     total += loss.item() / accumulate
                 if not math.isfinite(total):
@@ -141,7 +148,7 @@ def train(
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-    curve = Curve(before, mean_loss(network, samples, probes), tuple(losses))
+    curve = Curve(before, mean_loss(network, samples, probes, weights), tuple(losses))
     line = f"{what}: loss on {len(probes)} calibration samples {before:.4g} -> {curve.after:.4g} in {updates} updates"
     if curve.after < before:
         log.info(line)

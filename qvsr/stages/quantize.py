@@ -44,6 +44,8 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
         exclude=config.method.exclude,
         settings=settings,
         seed=config.seed,
+        schedule=config.backbone.schedule,
+        steps=config.sampling.steps,
     )
     backbone = load_backbone(config.backbone)
     samples = CalibrationSet(calibration, backbone.structure, backbone.digest)
