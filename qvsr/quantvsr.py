@@ -406,7 +406,7 @@ class Build:
         """Weight and activation bits of every layer: the least summed error at the row's average bits.
 
         Averages are over what the bits cost: weight bits over weights (storage), activation bits over multiply-accumulates (operations, as the
-        cost table counts them).
+        cost table counts them). What the other switches store beside the weights is taken off the weights' budget.
         """
         settings, nominal = self.settings, (self.spec.weight_bits, self.spec.act_bits)
         found = measure(
@@ -422,9 +422,9 @@ class Build:
         sizes = np.array([math.prod(self.made[name].geometry.weight_shape) for name in found.names], dtype=np.float64)
         idle = ((found.weights_LB == 0).all(1) & (found.inputs_LB == 0).all(1)).numpy()
         chosen = []
-        for kind, errors, cost, own in (
-            ("weights", found.weights_LB, sizes, nominal[0]),
-            ("activations", found.inputs_LB, sizes * found.positions_L.numpy(), nominal[1]),
+        for kind, errors, cost, own, extra in (
+            ("weights", found.weights_LB, sizes, nominal[0], self.extra_bits()),
+            ("activations", found.inputs_LB, sizes * found.positions_L.numpy(), nominal[1], 0),
         ):
             if settings.mixed not in (kind, "both"):
                 chosen.append([own] * len(found.names))
@@ -432,11 +432,17 @@ class Build:
             table = errors.numpy().copy()
             if settings.mixed_idle == "nominal":  # as if any other bits were ruinous
                 table[np.ix_(idle, [width != own for width in candidates])] = table.sum() + 1
-            places = allocate(table, (cost[:, None] * np.array(candidates, dtype=np.float64))[None], [float(cost.sum() * own)])
+            places = allocate(table, (cost[:, None] * np.array(candidates, dtype=np.float64))[None], [float(cost.sum() * own) - extra])
             chosen.append([candidates[place] for place in places])
             self.facts[f"mixed_{kind}"] = float(np.dot(cost, chosen[-1]) / cost.sum())
         self.facts["idle_layers"] = int(idle.sum())
         return {name: (w, a) for name, w, a in zip(found.names, *chosen, strict=True)}
+
+    def extra_bits(self) -> int:
+        """Storage that published QuantVSR does not have: factors of activation ranges, further rows of a bias table."""
+        rows = len(bias_bounds(self.calibration)) - 1 if self.settings.bias_by_step else 0
+        values = sum((len(layer.parts) if self.clips else 0) + rows * layer.geometry.out_channels for layer in self.made.values())
+        return 32 * values
 
     def decide(self) -> dict[str, QuantLayer]:
         """Ranks, ranges and bits of all layers."""
@@ -484,8 +490,9 @@ def quantvsr(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
         curve, trained = refine_branches(unet, calibration, settings, spec.seed, weights)
         losses["refine_branches"] = curve.summary()
     if settings.residual == "gptq":
+        few = build.few
         with apply.exchanged(unet, build.modules):
-            round_layers(unet, layers, build.few, settings.gptq_rows, spec.seed, act_order=True, rounded=True, weights=build.few.weights)
+            round_layers(unet, layers, few, settings.gptq_rows, spec.seed, act_order=True, rounded=True, weights=few.weights)
     apply.freeze(unet)
     if settings.lba and settings.bias == "measured":
         started = start_corrections(unet, calibration, settings)
