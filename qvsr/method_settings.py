@@ -84,6 +84,11 @@ class QuantVSRSettings(Settings):
         "none", description="beyond the paper: bits layer by layer, their average at most those of the row"
     )
     mixed_span: int = Field(2, ge=1, le=6, description="mixed: bits up to this many below and above the row's, within 2 to 8")
+    mixed_budget: Literal["bits", "operations"] = Field(
+        "bits",
+        description="mixed: average weight bits over weights and activation bits over multiply-accumulates, each by itself (bits); "
+        "or both chosen together so that the larger of the two keeps that average too, which is what the cost table counts (operations)",
+    )
     mixed_idle: Literal["free", "nominal"] = Field(
         "free", description="mixed: layers that do not reach the output pay for others (free), or keep the row's bits (nominal)"
     )

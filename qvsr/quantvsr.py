@@ -377,7 +377,7 @@ class Build:
 
     def search_ranks(self, measured: Complexity, published: dict[str, int]) -> dict[str, int]:
         """Thresholds whose ranks give the network the least loss, untrained, among those with a branch no larger than the published ones'."""
-        budget, tried = self.branch_params(published), {}
+        budget, tried = self.branch_params(published), dict[tuple[float, float], tuple[dict[str, int], float]]()
         for quantiles in ((0.25, 0.75), *product(THRESHOLDS, (1 - q for q in THRESHOLDS))):
             ranks, _ = layer_ranks(self.modules, measured, self.settings, quantiles)
             if self.branch_params(ranks) <= budget and ranks not in [found for found, _ in tried.values()]:
@@ -420,23 +420,33 @@ class Build:
             seed=self.spec.seed,
         )
         sizes = np.array([math.prod(self.made[name].geometry.weight_shape) for name in found.names], dtype=np.float64)
+        macs, width = sizes * found.positions_L.numpy(), np.array(candidates, dtype=np.float64)
         idle = ((found.weights_LB == 0).all(1) & (found.inputs_LB == 0).all(1)).numpy()
-        chosen = []
-        for kind, errors, cost, own, extra in (
-            ("weights", found.weights_LB, sizes, nominal[0], self.extra_bits()),
-            ("activations", found.inputs_LB, sizes * found.positions_L.numpy(), nominal[1], 0),
-        ):
-            if settings.mixed not in (kind, "both"):
-                chosen.append([own] * len(found.names))
-                continue
-            table = errors.numpy().copy()
-            if settings.mixed_idle == "nominal":  # as if any other bits were ruinous
-                table[np.ix_(idle, [width != own for width in candidates])] = table.sum() + 1
-            places = allocate(table, (cost[:, None] * np.array(candidates, dtype=np.float64))[None], [float(cost.sum() * own) - extra])
-            chosen.append([candidates[place] for place in places])
-            self.facts[f"mixed_{kind}"] = float(np.dot(cost, chosen[-1]) / cost.sum())
-        self.facts["idle_layers"] = int(idle.sum())
-        return {name: (w, a) for name, w, a in zip(found.names, *chosen, strict=True)}
+        tables = [found.weights_LB.numpy().copy(), found.inputs_LB.numpy().copy()]
+        if settings.mixed_idle == "nominal":
+            for table, own in zip(tables, nominal, strict=True):
+                table[np.ix_(idle, width != own)] = tables[0].sum() + tables[1].sum()  # as if any other bits were ruinous
+        budgets = [float(sizes.sum() * nominal[0]) - self.extra_bits(), float(macs.sum() * nominal[1])]
+        if settings.mixed == "weights":
+            places = [(w, candidates.index(nominal[1])) for w in allocate(tables[0], (sizes[:, None] * width)[None], budgets[:1])]
+        elif settings.mixed == "activations":
+            places = [(candidates.index(nominal[0]), a) for a in allocate(tables[1], (macs[:, None] * width)[None], budgets[1:])]
+        elif settings.mixed_budget == "bits":
+            both = [allocate(t, (c[:, None] * width)[None], [b]) for t, c, b in zip(tables, (sizes, macs), budgets, strict=True)]
+            places = list(zip(*both, strict=True))
+        else:
+            w, a = (axis.reshape(-1) for axis in np.meshgrid(width, width, indexing="ij"))
+            costs = np.stack([sizes[:, None] * w, macs[:, None] * a, macs[:, None] * np.maximum(w, a)])
+            errors = (tables[0][:, :, None] + tables[1][:, None, :]).reshape(len(idle), -1)
+            places = [divmod(place, len(width)) for place in allocate(errors, costs, [*budgets, float(macs.sum() * max(nominal))])]
+        chosen = {name: (candidates[w], candidates[a]) for name, (w, a) in zip(found.names, places, strict=True)}
+        bits = np.array(list(chosen.values()), dtype=np.float64)
+        self.facts["mixed"] = {
+            "weight_bits": float(sizes @ bits[:, 0] / sizes.sum()),
+            "act_bits": float(macs @ bits[:, 1] / macs.sum()),
+            "idle_layers": int(idle.sum()),
+        }
+        return chosen
 
     def extra_bits(self) -> int:
         """Storage that published QuantVSR does not have: factors of activation ranges, further rows of a bias table."""

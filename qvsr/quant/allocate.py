@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from qvsr.quant.layer import QuantError
 
-GAP = 1e-6  # relative distance to the optimum at which the solver may stop
+GAP = 1e-4  # relative distance to the optimum at which the solver may stop
+SECONDS = 60.0  # after which the best found so far is taken
 
 
 def allocate(errors_LB: NDArray[np.float64], costs_CLB: NDArray[np.float64], budgets_C: Sequence[float]) -> list[int]:
@@ -49,7 +50,7 @@ def allocate(errors_LB: NDArray[np.float64], costs_CLB: NDArray[np.float64], bud
         ),
         integrality=np.ones(layers * choices),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": 20.0},
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if found.x is None:
         cheapest = costs_CLB.min(2).sum(1)

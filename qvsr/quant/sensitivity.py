@@ -8,7 +8,7 @@ are summed, which makes a few such vectors enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,23 +94,23 @@ def measure(
             with torch.no_grad():
                 for row, name in enumerate(names):
                     found = [one[row] for one in gradients if one[row] is not None]
-                    of_weights[row] += share * _moved(found, rounding[name], lambda product: product.flatten(1).sum(1))
+                    of_weights[row] += share * _moved([g.flatten(1) for g in found], [e.flatten(1) for e in rounding[name]], 1)
                 for column, (name, part) in enumerate(places, len(names)):
                     found = [one[column] for one in gradients if one[column] is not None]
                     axis = -1 if layers[name].is_linear else 1
                     errors = _input_errors(wrapped[name], part, bits, (clips or {}).get(name)) if found else []
-                    of_inputs[names.index(name)] += share * _moved(found, errors, lambda product, axis=axis: product.sum(axis))
+                    of_inputs[names.index(name)] += share * _moved(found, errors, axis)
             positions += torch.tensor([unit.positions for unit in wrapped.values()], dtype=torch.float64) / len(samples)
             report(index + 1, len(samples))
     return Sensitivity(names, of_weights, of_inputs, positions)
 
 
-def _moved(gradients: Sequence[Tensor], errors: Sequence[Tensor], join: Callable[[Tensor], Tensor]) -> Tensor | float:
-    """Summed squares of gradient times error, products first summed by `join`: one value for each error, over all gradients."""
+def _moved(gradients: Sequence[Tensor], errors: Sequence[Tensor], axis: int) -> Tensor | float:
+    """Summed squares of the products of gradient and error along an axis: one value for each error, over all gradients."""
     if not gradients:  # the network's output does not depend on it
         return 0.0
     return (
-        torch.stack([torch.stack([join(gradient * error).square().sum() for gradient in gradients]).sum() for error in errors])
+        torch.stack([torch.stack([(gradient * error).sum(axis).square().sum() for gradient in gradients]).sum() for error in errors])
         .double()
         .cpu()
     )

@@ -29,7 +29,6 @@ from qvsr.quantvsr import (
     layer_ranks,
     measure_complexity,
     quantvsr,
-    refine_branches,
     sample_weights,
     search_weight_ranges,
 )
@@ -235,8 +234,8 @@ def test_trained_parameters_are_counted() -> None:
     assert apply.record(quantvsr(net, tiny.calls(net), tiny.spec("quantvsr", **UNTRAINED)))["trained_params"] == 0
 
 
-@pytest.mark.parametrize("kind", ["weights", "activations", "both"])
-def test_mixed_bits_keep_the_budget(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "budget"), [("weights", "bits"), ("activations", "bits"), ("both", "bits"), ("both", "operations")])
+def test_mixed_bits_keep_the_budget(kind: str, budget: str) -> None:
     """Average bits over weights, and over multiply-accumulates; what the factors take is taken off the weights' budget."""
     net = tiny.network()
     calls = tiny.calls(net)
@@ -249,7 +248,7 @@ def test_mixed_bits_keep_the_budget(kind: str) -> None:
     for handle in handles:
         handle.remove()
     plain = quantvsr(tiny.network(), calls, tiny.spec("quantvsr", **UNTRAINED))
-    quantized = quantvsr(net, calls, tiny.spec("quantvsr", **{**UNTRAINED, "mixed": kind, "act_clip": True}))
+    quantized = quantvsr(net, calls, tiny.spec("quantvsr", **{**UNTRAINED, "mixed": kind, "mixed_budget": budget, "act_clip": True}))
     layers = apply.quant_layers(quantized)
 
     def stored(network: torch.nn.Module) -> int:
@@ -258,6 +257,8 @@ def test_mixed_bits_keep_the_budget(kind: str) -> None:
 
     macs = {name: layer.integers().numel() * positions[name] for name, layer in layers.items()}
     assert sum(macs[name] * layer.act_bits for name, layer in layers.items()) <= 4 * sum(macs.values())
+    if budget == "operations":
+        assert sum(macs[name] * max(layer.weight_bits, layer.act_bits) for name, layer in layers.items()) <= 4 * sum(macs.values())
     if kind != "activations":
         assert stored(quantized) <= stored(plain)
     assert (len({layer.weight_bits for layer in layers.values()}) > 1) == (kind != "activations")
@@ -275,20 +276,20 @@ def test_layers_without_effect_pay_or_keep_their_bits() -> None:
 
 
 def test_refreshed_ranges_cut_nothing_off() -> None:
-    """After training, frozen ranges leave values of the residual outside; ranges that follow it do not."""
+    """When the branch moves, frozen ranges leave values of the residual outside; ranges that follow it do not."""
     outside = {}
     for refresh in (False, True):
-        net = tiny.network()
-        settings = QuantVSRSettings(**{**SMALL, "refresh_ranges": refresh, "learning_rate": 0.02})
-        calls = tiny.calls(net)
-        apply.quantize_layers(net, EXCLUDE, lambda name, module: QuantLayer.from_float(module, LayerPlan(4, 4, rotate=True, rank=2), name))
-        refine_branches(net, calls, settings, 0)
-        beyond = 0.0
-        for layer in apply.quant_layers(net).values():
-            weight, scale, zero = layer.rounding()
-            low, high = -(zero + 0.5) * scale, (15 - zero + 0.5) * scale  # a step's rounding beyond the outermost levels
-            beyond += float(((weight < low - 1e-6) | (weight > high + 1e-6)).sum())
-        outside[refresh] = beyond
+        torch.manual_seed(0)
+        layer = QuantLayer.from_float(torch.nn.Linear(16, 8), LayerPlan(4, 8, (8, 8), rotate=True, rank=4))
+        layer.refresh_ranges = refresh
+        assert layer.up is not None
+        layer.up.data *= 0.1  # the residual gets what the branch gives up
+        layer.up.requires_grad_(True)
+        with torch.enable_grad():
+            layer(torch.randn(3, 16)).sum().backward()
+        weight, scale, zero = layer.rounding()
+        low, high = -(zero + 0.5) * scale, (15 - zero + 0.5) * scale  # what half a step beyond the outermost levels is rounded to them
+        outside[refresh] = int(((weight < low - 1e-6) | (weight > high + 1e-6)).sum())
     assert outside[True] == 0 < outside[False]
 
 
