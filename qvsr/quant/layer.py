@@ -2,11 +2,12 @@
 
     y = low_bit(T(x)) + L1 L2 x' + bias + W offset,     x' = (x - offset) / smooth
 
-T subtracts the offset from the input, if there is one, divides it by the smoothing scale, cuts its channels into parts, rotates each part and
-rounds it with its own activation quantizer (dynamic per tensor, frame or token, with a factor that narrows the range, or static with a table by timestep). The low-bit weight is the
-weight less L1 L2, transformed alike, with a scale and a zero point per output channel and part: groups of 64 input channels are parts of 64. The
-branch L1 L2 sees the unrotated, unrounded x' and runs as two thin layers. ``W offset`` is a constant of the full-precision weight; at a zero-padded
-border fewer taps see the offset, so it is stored tap by tap and laid out for the size of the input.
+T subtracts the offset from the input, if there is one, divides it by the smoothing scale, cuts its channels into parts, rotates each part
+and rounds it with its own activation quantizer (dynamic per tensor, frame or token, with a factor that narrows the range, or static with
+a table by timestep). The low-bit weight is the weight less L1 L2, transformed alike, with a scale and a zero point per output channel and
+part: groups of 64 input channels are parts of 64. The branch L1 L2 sees the unrotated, unrounded x' and runs as two thin layers. ``W
+offset`` is a constant of the full-precision weight; at a zero-padded border fewer taps see the offset, so it is stored tap by tap and
+laid out for the size of the input.
 
 A layer is *open* while a method works on it: it holds the floating-point weight, and L1, L2 can be trained through the rounding
 (ranges stay as they were first measured, as published). `freeze` turns it into integers for good. Execution here is *simulated*:

@@ -38,7 +38,7 @@ def test_defaults_are_the_published_model(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("metric: [psnr]", "config.yaml: unknown key metric: no key 'metric'; did you mean metrics? known: backbone, bits"),
+        ("metric: [psnr]", "config.yaml: unknown key metric: no key 'metric'; did you mean metrics? known: ablation, backbone, bits"),
         ("sampling: {step: 5}", "unknown key sampling.step: no key 'step'; did you mean steps?"),
         ("method: {quantvsr: {rank: 5}}", "unknown key method.quantvsr.rank: no key 'rank'"),
         ("variants: {a: {method: maxmin, setting: {}}}", "unknown key variants.a.setting: no key 'setting'; did you mean settings?"),
