@@ -317,7 +317,7 @@ def _train(
             seed,
             what,
             report,
-            weights,
+            weights=weights,
         )
 
 
