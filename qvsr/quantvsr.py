@@ -406,7 +406,8 @@ class Build:
         """Weight and activation bits of every layer: the least summed error at the row's average bits.
 
         Averages are over what the bits cost: weight bits over weights (storage), activation bits over multiply-accumulates (operations, as the
-        cost table counts them). What the other switches store beside the weights is taken off the weights' budget.
+        cost table counts them) of the recorded calls; with tiles of another size layers without pixels weigh a little more or less. What the other
+        switches store beside the weights is taken off the weights' budget.
         """
         settings, nominal = self.settings, (self.spec.weight_bits, self.spec.act_bits)
         found = measure(
