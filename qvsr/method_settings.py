@@ -30,8 +30,15 @@ class QuantVSRSettings(Settings):
         "stca refine rank_min": ({"branch": True},),
         "rank_max rank_multiple quantile": ({"branch": True, "stca": True},),
         "refine_updates": ({"branch": True, "refine": True},),
-        "lba_updates": ({"lba": True},),
-        "accumulate learning_rate weight_decay": ({"branch": True, "refine": True}, {"lba": True}),
+        "lba_updates": ({"lba": True, "bias": "trained"},),
+        "accumulate learning_rate weight_decay": ({"branch": True, "refine": True}, {"lba": True, "bias": "trained"}),
+        "limit_ranks": ({"branch": True},),
+        "act_clip_power": ({"act_clip": True},),
+        "refresh_ranges": ({"branch": True, "refine": True},),
+        "gptq_rows": ({"residual": "gptq"},),
+        "stca_search": ({"branch": True, "stca": True},),
+        "bias bias_by_step": ({"lba": True},),
+        "mixed_span mixed_budget mixed_idle": tuple({"mixed": which} for which in ("weights", "activations", "both")),
     }
     channel_split: bool = Field(True, description="two halves of the input channels with a scale of their own")
     rotation: bool = Field(True, description="Hadamard rotation of the input channels before rounding")
@@ -52,6 +59,9 @@ class QuantVSRSettings(Settings):
     accumulate: int = Field(4, ge=1, description="calibration samples of one optimizer step", json_schema_extra=EFFORT)
     learning_rate: float = Field(1e-3, gt=0, description="of refinement and bias alignment")
     weight_decay: float = Field(0.01, ge=0, description="of refinement and bias alignment")
+    samples: int | None = Field(
+        None, ge=1, description="at most this many calibration samples, evenly spaced; null: all", json_schema_extra=EFFORT
+    )
     limit_ranks: bool = Field(
         False,
         description="give a layer whose weight cannot have its rank the highest it can, as the released code does; else such a rank is refused",

@@ -493,6 +493,8 @@ def quantvsr(unet: nn.Module, calibration: Samples, spec: QuantSpec) -> nn.Modul
     settings = QuantVSRSettings.model_validate(spec.settings)
     if len(calibration) == 0:
         raise QuantError("quantvsr: the calibration set is empty")
+    if settings.samples is not None:
+        calibration = Few(calibration, settings.samples, None)
     build = Build(unet, calibration, spec, settings)
     layers, weights = build.decide(), build.weights
     apply.quantize_layers(unet, spec.exclude, lambda name, _module: layers[name])
