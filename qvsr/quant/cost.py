@@ -206,6 +206,8 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         bias = layer.bias.numel() if isinstance(layer.bias, Tensor) else 0
         return LayerFact(name, KINDS[type(layer)], _weight_shape(layer), positions, input_positions, bias)
     total = layer._total_bias()
+    rows = len(total) if total is not None and total.dim() == 2 else 1  # a call adds one row of a bias table; the others are stored beside it
+    stored = stored_bits(layer)
     return LayerFact(
         name,
         layer.geometry.kind,
@@ -217,7 +219,8 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         act_bits=layer.act_bits,
         rank=layer.rank,
         rotated=tuple(size for size, yes in zip(layer.parts, layer.rotated, strict=True) if yes),
-        side_bits=sum(bits for role, bits in stored_bits(layer).items() if role not in ("weight", "up", "down", "bias")),
+        side_bits=sum(bits for role, bits in stored.items() if role not in ("weight", "up", "down", "bias"))
+        + stored.get("bias", 0) * (rows - 1) // rows,
     )
 
 

@@ -215,7 +215,9 @@ class Reference:
         facts, state: of the layer, from the file.
     """
 
-    ROLES = {"weight", "scale", "zero_point", "up", "down", "bias", "smooth", "signs", "act_scale", "act_zero_point"}
+    ROLES = {
+        "weight", "scale", "zero_point", "up", "down", "bias", "smooth", "signs", "act_scale", "act_zero_point", "act_clip", "offset", "offset_taps",
+    }  # fmt: skip
 
     def __init__(self, name: str, module: nn.Module, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         unknown = {role for role in state if role not in self.ROLES and not role.startswith("rotation.")}
@@ -237,6 +239,8 @@ class Reference:
         """The output, and by how much it may differ because an input lies so near to a half that float32 rounds it the other way."""
         x = x.double()
         axis = -1 if self.linear else 1
+        if "offset" in self.values:
+            x = x - self._along(self.values["offset"], axis, x.dim())
         if "smooth" in self.values:
             x = x / self._along(self.values["smooth"], axis, x.dim())
         y = unsure = torch.zeros(())
@@ -255,8 +259,13 @@ class Reference:
         if "up" in self.values:
             thin = self._product(x, self.values["down"])
             y = y + (thin @ self.values["up"].T if self.linear else torch.einsum("nr,br...->bn...", self.values["up"], thin))
+        if "offset_taps" in self.values:  # one channel of ones: at a zero-padded border fewer taps see the offset
+            ones = x.new_ones(1) if self.linear else x.new_ones(1, 1, *x.shape[2:])
+            y = y + self._product(ones, self.values["offset_taps"])
         if "bias" in self.values:
-            y = y + self._along(self.values["bias"], axis, x.dim())
+            bias = self.values["bias"]
+            row = bias[row_of(timestep, self.facts["bias_timesteps"])] if bias.dim() == 2 else bias
+            y = y + self._along(row, axis, x.dim())
         return y, unsure
 
     def _grid(self, piece: Tensor, part: int, timestep: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +274,8 @@ class Reference:
             return self.values["act_scale"][row, part], self.values["act_zero_point"][row, part]
         everything = tuple(range(piece.dim()))
         shared = {"tensor": everything, "frame": everything[1:], "token": (-1 if self.linear else 1,)}[self.facts["act_granularity_used"]]
-        low, high = piece.amin(shared, keepdim=True), piece.amax(shared, keepdim=True)
+        factor = self.values["act_clip"][part] if "act_clip" in self.values else 1.0
+        low, high = piece.amin(shared, keepdim=True) * factor, piece.amax(shared, keepdim=True) * factor
         levels = 2 ** self.facts["act_bits"] - 1
         if self.facts["act_symmetric"]:  # the largest magnitude on the outermost positive of 2^b levels around the middle
             scale = (torch.maximum(high, -low) / (levels // 2)).clamp_min(self.facts["scale_floor"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,19 @@ SMALL = {"rank": 4, "updates": 60, "lora_learning_rate": 0.1, "act_learning_rate
 PUBLISHED_UPDATES = 160 * 100
 
 
-@dataclass
-class ClipCall(tiny.Call):
-    clip: str = ""
-
-
-def clip_calls(net: nn.Module, clips: str = "ab", steps: int = 3) -> list[ClipCall]:
+def clip_calls(net: nn.Module, clips: str = "ab", steps: int = 3) -> list[tiny.Call]:
     """`steps` calls of each clip, at timesteps 0, 100, …, lowest first."""
     made = []
     for seed, clip in enumerate(clips):
-        made += [ClipCall(**vars(call), clip=clip) for call in tiny.calls(net, steps, seed=seed + 1)]
+        made += [replace(call, clip=clip) for call in tiny.calls(net, steps, seed=seed + 1)]
     return made
 
 
-def quantize(net: nn.Module, calls: list[ClipCall], **settings: Any) -> nn.Module:
+def quantize(net: nn.Module, calls: list[tiny.Call], **settings: Any) -> nn.Module:
     return BASELINES["efficientdm"](net, calls, tiny.spec("efficientdm", **{**SMALL, **settings}))
 
 
-def error(net: nn.Module, calls: list[ClipCall]) -> float:
+def error(net: nn.Module, calls: list[tiny.Call]) -> float:
     return sum(tiny.relative_error(tiny.run(net, call), call.out) for call in calls)
 
 
@@ -156,7 +151,6 @@ def test_trained_parameters_are_counted() -> None:
 
 def test_unets_of_all_kinds_of_blocks() -> None:
     unet, calls = tiny.unet()
-    calls = [ClipCall(**vars(call), clip="a") for call in calls]
     spec = tiny.spec("efficientdm", **{**SMALL, "updates": 15}).model_copy(update={"exclude": tiny.UNET_EXCLUDE})
     quantized = BASELINES["efficientdm"](unet, calls, spec)
     losses = apply.record(quantized)["losses"]["finetune"]

@@ -40,7 +40,7 @@ def resolve(tmp_path: Path, text: str = "", overrides: dict[str, Any] | None = N
         ("quantvsr: {stca: false, quantile: 0.2}", "method.quantvsr.quantile: it is read with branch: true and stca: true only"),
         (
             "quantvsr: {refine: false, lba: false, accumulate: 2}",
-            "method.quantvsr.accumulate: it is read with branch: true and refine: true or lba: true only",
+            "method.quantvsr.accumulate: it is read with branch: true and refine: true or lba: true and bias: trained only",
         ),
         (
             "q_diffusion: {step_updates: 0, step_learning_rate: 0.1}",

@@ -36,7 +36,7 @@ def written(folder: Path) -> list[str]:
         ("lambda", "name 'lambda' is a keyword of Python; a function is called by it"),
         ("match", "name 'match' is a keyword of Python"),
         ("apply", "name 'apply' is one that the file imports; choose another"),
-        ("maxmin", "name 'maxmin' is taken; taken are bicubic, exclude, full_precision, ground_truth, maxmin, "),
+        ("maxmin", "name 'maxmin' is taken; taken are bicubic, "),
         ("QuantVSR", "name 'QuantVSR' is taken"),
         ("bicubic", "name 'bicubic' is taken"),
     ],

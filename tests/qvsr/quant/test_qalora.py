@@ -172,7 +172,7 @@ def test_layers_that_cannot_be_adapted_are_refused() -> None:
     with pytest.raises(QuantError, match=r"bounds \[5, 3\] do not rise"):
         StepGrids({"a": layer}, (5, 3))
     rotated = QuantLayer.from_float(nn.Linear(8, 8), LayerPlan(4, 4, rotate=True), "r")
-    with pytest.raises(QuantError, match="r: a layer that is smoothed, rotated or has a branch"):
+    with pytest.raises(QuantError, match="r: a layer that is smoothed, shifted, rotated or has a branch"):
         AdaptedLayer(module, rotated, grids, "a", 2)
     layer.freeze()
     with pytest.raises(QuantError, match="a: B and A are trained beside the floating-point weight of one part; this layer is frozen"):

@@ -44,6 +44,7 @@ class Call:
     context: Tensor
     struct: dict[str, Tensor]
     out: Tensor = field(default_factory=lambda: torch.zeros(()))
+    clip: str = "clip"
 
 
 def network(width: int = 16, seed: int = 0) -> Net:
