@@ -206,7 +206,8 @@ def _fact(name: str, layer: nn.Module, positions: int, input_positions: int) -> 
         bias = layer.bias.numel() if isinstance(layer.bias, Tensor) else 0
         return LayerFact(name, KINDS[type(layer)], _weight_shape(layer), positions, input_positions, bias)
     total = layer._total_bias()
-    rows = len(total) if total is not None and total.dim() == 2 else 1  # a call adds one row of a bias table; the others are stored beside it
+    # a call adds one row of a bias table; the others are stored beside it
+    rows = len(total) if total is not None and total.dim() == 2 else 1
     stored = stored_bits(layer)
     return LayerFact(
         name,

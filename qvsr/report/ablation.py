@@ -15,12 +15,12 @@ from qvsr.report.tables import (
     LATEX_STYLE,
     MARKDOWN,
     Style,
-    _column,
-    _csv,
-    _escape_around_math,
-    _latex_table,
-    _markdown_table,
     bits_order,
+    csv_text,
+    escape_around_math,
+    latex_table,
+    markdown_table,
+    metric_column,
     number,
     plural,
 )
@@ -153,7 +153,7 @@ def to_csv(
                 cells += [f"{card.weight_bits:.6f}", f"{card.act_bits:.6f}", metric]
                 cells += ["" if one is None else repr(one) for one in (value.value, value.change, value.low, value.high)]
                 lines.append([*cells, str(value.clips)])
-    return _csv(COLUMNS, lines)
+    return csv_text(COLUMNS, lines)
 
 
 def to_markdown(
@@ -163,7 +163,7 @@ def to_markdown(
     parts = []
     for table in tables:
         parts += [f"### {table.title}", "", f"{_place(table)}", ""]
-        parts += [*_markdown_table(_cells(table, variants, cards, metrics, MARKDOWN), 1), ""]
+        parts += [*markdown_table(_cells(table, variants, cards, metrics, MARKDOWN), 1), ""]
     return "\n".join([*parts, *(f"- {note}" for note in _notes(metrics)), ""])
 
 
@@ -173,8 +173,8 @@ def to_latex(
     """The same for LaTeX with booktabs."""
     parts = []
     for index, table in enumerate(tables):
-        caption = _escape_around_math(f"{table.title}. {_place(table)}. {' '.join(_notes(metrics))}")
-        parts += [*_latex_table(_cells(table, variants, cards, metrics, LATEX_STYLE), 1, caption, f"tab:ablation-{index + 1}"), ""]
+        caption = escape_around_math(f"{table.title}. {_place(table)}. {' '.join(_notes(metrics))}")
+        parts += [*latex_table(_cells(table, variants, cards, metrics, LATEX_STYLE), 1, caption, f"tab:ablation-{index + 1}"), ""]
     return "\n".join(parts)
 
 
@@ -201,7 +201,7 @@ def _cells(
     """The header and one block of lines."""
     shown = _shown(metrics)
     digits = METRICS[shown].facts["digits"]
-    header = ["Row", *map(style.text, table.settings), "Effective W / A bits", *(_column(name, style) for name in metrics)]
+    header = ["Row", *map(style.text, table.settings), "Effective W / A bits", *(metric_column(name, style) for name in metrics)]
     lines = []
     for name in table.names:
         own, change = variants[name].settings, table.values[name, shown]

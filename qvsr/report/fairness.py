@@ -20,10 +20,10 @@ from qvsr.report.tables import (
     MARKDOWN,
     RowSetting,
     Style,
-    _csv,
-    _escape_around_math,
-    _latex_table,
-    _markdown_table,
+    csv_text,
+    escape_around_math,
+    latex_table,
+    markdown_table,
     plural,
     row_order,
     row_setting,
@@ -236,20 +236,20 @@ def fairness_csv(rows: Sequence[Fairness]) -> str:
             return str(value).lower()
         return "" if value is None else f"{value:.6f}" if isinstance(value, float) else str(value)
 
-    return _csv(COLUMNS, [[cell(value) for value in asdict(row).values()] for row in rows])
+    return csv_text(COLUMNS, [[cell(value) for value in asdict(row).values()] for row in rows])
 
 
 def fairness_markdown(rows: Sequence[Fairness]) -> str:
     """The table for people, with what all rows share below it."""
     return "\n".join(
-        ["### Fairness card", "", *_markdown_table(_blocks(rows, MARKDOWN), 6), "", *(f"- {note}" for note in _notes(rows)), ""]
+        ["### Fairness card", "", *markdown_table(_blocks(rows, MARKDOWN), 6), "", *(f"- {note}" for note in _notes(rows)), ""]
     )
 
 
 def fairness_latex(rows: Sequence[Fairness]) -> str:
     """The same for LaTeX with booktabs."""
-    caption = _escape_around_math("Fairness card. " + " ".join(_notes(rows)))
-    return "\n".join([*_latex_table(_blocks(rows, LATEX_STYLE), 6, caption, "tab:fairness"), ""])
+    caption = escape_around_math("Fairness card. " + " ".join(_notes(rows)))
+    return "\n".join([*latex_table(_blocks(rows, LATEX_STYLE), 6, caption, "tab:fairness"), ""])
 
 
 def _blocks(rows: Sequence[Fairness], style: Style) -> list[list[list[str]]]:

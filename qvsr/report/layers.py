@@ -35,7 +35,7 @@ from qvsr.quant.by_timestep import ByTimestep, row_of
 from qvsr.quant.layer import QuantError, QuantLayer
 from qvsr.quant.refine import Samples, call
 from qvsr.quantvsr import complexity
-from qvsr.report.tables import _csv
+from qvsr.report.tables import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,7 +272,7 @@ def layers_csv(rows: Iterable[LayerRow]) -> str:
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-    return _csv(COLUMNS, [[cell(getattr(row, column)) for column in COLUMNS] for row in rows])
+    return csv_text(COLUMNS, [[cell(getattr(row, column)) for column in COLUMNS] for row in rows])
 
 
 def worst(rows: Iterable[LayerRow], count: int = WORST) -> str:

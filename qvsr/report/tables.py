@@ -143,7 +143,7 @@ def metrics_csv(summaries: Sequence[Summary]) -> str:
         return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
     lines = [[cell(getattr(s, column)) for column in METRIC_COLUMNS[:-1]] + [signature(s)] for s in summaries]
-    return _csv(METRIC_COLUMNS, lines)
+    return csv_text(METRIC_COLUMNS, lines)
 
 
 def signature(summary: Summary) -> str:
@@ -158,7 +158,7 @@ def metrics_markdown(
     parts = []
     for group in _by_dataset(summaries):
         table = _wide(group, MARKDOWN, settings or {})
-        parts += [f"### {_heading(group)}", "", *_markdown_table(table, 3 if settings else 2), ""]
+        parts += [f"### {_heading(group)}", "", *markdown_table(table, 3 if settings else 2), ""]
         if settings:
             parts += [f"[Fairness card]({CARD}): ranges, calibration, training, side branch and effective bits of each method.", ""]
         parts += [f"- {line}" for line in (*_footnotes(group, settings or {}), *notes)]
@@ -173,15 +173,15 @@ def metrics_latex(
     parts = []
     for group in _by_dataset(summaries):
         below = " ".join((*_footnotes(group, settings or {}), *notes)).replace("↑", LATEX_STYLE.up).replace("↓", LATEX_STYLE.down)
-        caption = _escape_around_math(f"{_heading(group)}. {below}")
+        caption = escape_around_math(f"{_heading(group)}. {below}")
         parts += [f"% {line}" for line in _signatures(group)]
         wide = _wide(group, LATEX_STYLE, settings or {})
-        parts += _latex_table(wide, 3 if settings else 2, caption, f"tab:metrics-{group[0].dataset}")
+        parts += latex_table(wide, 3 if settings else 2, caption, f"tab:metrics-{group[0].dataset}")
         parts.append("")
     return "\n".join(parts)
 
 
-def _escape_around_math(text: str) -> str:
+def escape_around_math(text: str) -> str:
     return "".join(piece if piece.startswith("$") else latex_escape(piece) for piece in re.split(r"(\$[^$]*\$)", text))
 
 
@@ -274,7 +274,7 @@ def _wide(group: Sequence[Summary], style: Style, settings: Mapping[tuple[str, s
     names = list(dict.fromkeys(s.metric for s in group))
     names = metric_order(names, names)
     several = len({s.execution for s in group if s.method not in REFERENCES} - {"external"}) > 1
-    header = ["Bits", "Method", *(["Setting"] if settings else []), *(_column(name, style) for name in names)]
+    header = ["Bits", "Method", *(["Setting"] if settings else []), *(metric_column(name, style) for name in names)]
     lines: dict[tuple[str, str, str], dict[str, Summary]] = {}
     for s in group:
         lines.setdefault((s.method, s.bits, s.execution), {})[s.metric] = s
@@ -299,7 +299,7 @@ def setting_cell(setting: RowSetting | None, style: Style) -> str:
     return style.text(setting.granularity) + (f", {style.emphasis('reduced')}" if setting.reduced else "")
 
 
-def _column(name: str, style: Style) -> str:
+def metric_column(name: str, style: Style) -> str:
     facts = METRICS[name].facts
     unit = UNITS[facts["unit"]][style.unit] if facts["unit"] in UNITS else style.text(facts["unit"])
     return f"{style.text(name)}{f' ({unit})' if unit else ''} {style.up if facts['higher_is_better'] else style.down}"
@@ -355,19 +355,19 @@ def cost_csv(lines: Sequence[dict[str, object]]) -> str:
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.6f}" if isinstance(value, float) else str(value)
 
-    return _csv(COST_COLUMNS, [[cell(line[column]) for column in COST_COLUMNS] for line in lines])
+    return csv_text(COST_COLUMNS, [[cell(line[column]) for column in COST_COLUMNS] for line in lines])
 
 
 def cost_markdown(lines: Sequence[dict[str, object]], call: str) -> str:
     """A table of both countings, with what they count."""
-    table = _markdown_table(_cost_blocks(lines, MARKDOWN), 2)
+    table = markdown_table(_cost_blocks(lines, MARKDOWN), 2)
     return "\n".join([*table, "", *(f"- {note}" for note in _cost_notes(call)), ""])
 
 
 def cost_latex(lines: Sequence[dict[str, object]], call: str) -> str:
     """The same for LaTeX with booktabs."""
-    caption = _escape_around_math(" ".join(_cost_notes(call)).replace("×", "$\\times$"))
-    return "\n".join([*_latex_table(_cost_blocks(lines, LATEX_STYLE), 2, caption, "tab:cost"), ""])
+    caption = escape_around_math(" ".join(_cost_notes(call)).replace("×", "$\\times$"))
+    return "\n".join([*latex_table(_cost_blocks(lines, LATEX_STYLE), 2, caption, "tab:cost"), ""])
 
 
 def _cost_notes(call: str) -> list[str]:
@@ -396,7 +396,7 @@ def _cost_blocks(lines: Sequence[dict[str, object]], style: Style) -> list[list[
 # -------------------------------------------------------------------------------------------------------------- writers
 
 
-def _csv(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def csv_text(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -404,7 +404,7 @@ def _csv(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def _markdown_table(blocks: Sequence[Sequence[Sequence[str]]], left: int) -> list[str]:
+def markdown_table(blocks: Sequence[Sequence[Sequence[str]]], left: int) -> list[str]:
     """Lines of a table whose first `left` columns are aligned left, the rest right; padded, so that the source can be read too."""
     lines = [line for block in blocks for line in block]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -420,7 +420,7 @@ def _markdown_table(blocks: Sequence[Sequence[Sequence[str]]], left: int) -> lis
     return [row(lines[0]), rule, *(row(line) for line in lines[1:])]
 
 
-def _latex_table(blocks: Sequence[Sequence[Sequence[str]]], left: int, caption: str, label: str) -> list[str]:
+def latex_table(blocks: Sequence[Sequence[Sequence[str]]], left: int, caption: str, label: str) -> list[str]:
     columns = "l" * left + "r" * (len(blocks[0][0]) - left)
     out = [
         r"\begin{table}",

@@ -49,7 +49,7 @@ CASES = [(name, QUICK.get(name, {})) for name in BASELINES if name != "full_prec
     ("name", "settings"), CASES, ids=lambda one: one if isinstance(one, str) else "-".join(map(str, one.values())) or "default"
 )
 def test_method(name: str, settings: Mapping[str, Any], check: Callable[..., None]) -> None:
-    cuts = settings.get("activations") == "static" or settings.get("act_clip") or name in CUTTING
+    cuts = settings.get("activations") == "static" or name in CUTTING
     if cuts and check is conformance.near_full_precision_at_16_bits:
         with pytest.raises(AssertionError, match="at 16 bits"):
             check(name, settings)
