@@ -1,6 +1,6 @@
-"""Copy the tables and pictures of the last run to results/reference and put the main table into the README.
+"""Copy the tables and pictures of the last run to results/reference, the main table into the README, the ablation into docs/methods.md.
 
-python scripts/update_readme.py           after `make tables`
+python scripts/update_readme.py           after `make tables`; the ablation too if it was run
 python scripts/update_readme.py --keys    only the table of settings in config/README.md
 """
 
@@ -35,9 +35,12 @@ def update_results(results: Path) -> None:
     for name in ("tables", "figures"):
         if not (results / name).is_dir():
             sys.exit(f"error: no {results / name}; run `make tables` first")
-    shutil.rmtree(REFERENCE, ignore_errors=True)
-    REFERENCE.mkdir(parents=True)
-    for folder in ("tables", "figures"):
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    ablated = (results / "ablation").is_dir()
+    for old in REFERENCE.iterdir():
+        if ablated or not old.name.startswith("ablation."):
+            old.unlink()
+    for folder in ("tables", "figures", *(["ablation"] if ablated else [])):
         for file in sorted((results / folder).iterdir()):
             if not file.name.startswith("."):
                 shutil.copy(file, REFERENCE / file.name)
@@ -45,6 +48,8 @@ def update_results(results: Path) -> None:
         if not (REFERENCE / needed).is_file():
             sys.exit(f"error: {results} has no {needed}")
     replace_between(ROOT / "README.md", "table", main_table((REFERENCE / "metrics.md").read_text()))
+    if ablated:
+        replace_between(ROOT / "docs" / "methods.md", "ablation", (REFERENCE / "ablation.md").read_text())
 
 
 def main_table(metrics: str) -> str:

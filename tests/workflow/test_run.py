@@ -65,14 +65,33 @@ def test_what_is_measured_of_a_job_is_left_out_of_comparisons_and_nothing_else(t
 
 
 @pytest.fixture
-def asked_for_layers(finished):
-    """The finished run, where a report by layer may be made: it is not part of a run, so other tests must not find it."""
+def asked_for(finished):
+    """The finished run, where what is made on request only may be made: it is not part of a run, so other tests must not find it."""
     yield finished
-    shutil.rmtree(finished / "results" / "layers", ignore_errors=True)
+    for name in ("layers", "ablation"):
+        shutil.rmtree(finished / "results" / name, ignore_errors=True)
 
 
-def test_the_report_by_layer_on_request(asked_for_layers):
-    finished = asked_for_layers
+def test_the_ablation_on_request(asked_for):
+    """It reads what the tables read; its row of another method's settings differs as their means do."""
+    assert tiny.due(asked_for, "results/ablation") == {"ablation"}
+    done = tiny.snakemake(asked_for, "results/ablation")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (asked_for / "results" / "ablation" / "ablation.csv").open() as file:
+        rows = {row["row"]: row for row in csv.DictReader(file) if row["metric"] == "psnr_fp"}
+    with (asked_for / "results" / "tables" / "metrics.csv").open() as file:
+        means = {row["method"]: float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "psnr_fp"}
+    assert list(rows) == ["quantvsr", "rotation"] and {float(rows[name]["value"]) == means[name] for name in rows} == {True}
+    assert float(rows["rotation"]["change"]) == means["rotation"] - means["quantvsr"]
+    assert float(rows["rotation"]["weight_bits"]) < float(rows["quantvsr"]["weight_bits"])
+    assert {path.name for path in (asked_for / "results" / "ablation").glob("[!.]*")} == {
+        f"ablation.{form}" for form in ("csv", "md", "tex")
+    }
+    assert tiny.due(asked_for) == set()
+
+
+def test_the_report_by_layer_on_request(asked_for):
+    finished = asked_for
     wanted = "results/layers/maxmin-W4A4.csv"
     assert tiny.due(finished, wanted) == {"layers"}
     done = tiny.snakemake(finished, wanted)

@@ -63,6 +63,7 @@ CONFIG: dict[str, Any] = {
     "method": {"quantvsr": {"rank_min": 2, "rank_max": 4, "rank_multiple": 2, "refine_updates": 4, "lba_updates": 4}},
     "variants": {"rotation": {"method": "quantvsr", "settings": {"branch": False, "refine": False, "lba": False}}},
     "methods": ["maxmin", "rotation", "quantvsr"],
+    "ablation": {"Branch and training": ["quantvsr", "rotation"]},
     "bits": ["W4A4"],
 }
 
