@@ -74,11 +74,6 @@ def test_the_readme_table_is_the_committed_one():
     assert table.strip() == expected, "run: make reference"
 
 
-def test_the_ablation_of_the_documents_is_the_committed_one():
-    text = (ROOT / "docs" / "methods.md").read_text().split("<!-- ablation: begin -->\n")[1].split("<!-- ablation: end -->")[0]
-    assert text.strip() == (ROOT / "results" / "reference" / "ablation.md").read_text().strip(), "run the ablation, then make reference"
-
-
 def test_what_the_readme_shows_of_a_table():
     script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
     metrics = "### a, b: 1 clip\n\n| x |\n|---|\n| 1 |\n\n[Card](fairness.md): x.\n\n- A note.\n- Signatures:\n  - `one`\n  - `two`\n"
