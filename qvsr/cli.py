@@ -189,10 +189,11 @@ def restore(
 
 @app.command()
 def measure(
-    pred: Annotated[Path, typer.Option(help="folder of restored frames")],
-    gt: Annotated[Path, typer.Option(help="folder of ground truth frames")],
+    pred: Annotated[Path, typer.Option(help="folder of restored frames, or of clips, which are folders of frames")],
+    gt: Annotated[Path, typer.Option(help="folder of ground truth: frames or clips likewise")],
     out: Out,
-    fp: Annotated[Path | None, typer.Option(help="folder of the full-precision output, for metrics that compare with it")] = None,
+    fp: Annotated[Path | None, typer.Option(help="folder of the full-precision output likewise, for metrics that compare with it")] = None,
+    clip: Annotated[list[str] | None, typer.Option(help="a clip in these folders; may be repeated; default: all that --pred has")] = None,
     metrics: Annotated[str | None, typer.Option(help="names, separated by commas; default: those of the configuration")] = None,
     config: ConfigOption = plan.DEFAULT,
     dataset: Annotated[str, typer.Option()] = "",
@@ -201,14 +202,14 @@ def measure(
     execution: Annotated[str, typer.Option(help="how the frames were made: simulated, or external (another program)")] = "simulated",
     set_: SetOption = None,
 ) -> None:
-    """Measure one restored clip: one JSON line per metric."""
+    """Measure restored clips: one JSON line a clip and metric."""
     overrides = (set_ or []) + ([f"metrics=[{metrics}]"] if metrics else [])
     resolved = settings(config, overrides)
     compute(resolved)
     import metrics as registered  # noqa: F401  (fills the registry)
     from qvsr.stages import measure as stage
 
-    stage.run(resolved, pred, gt, fp, dataset, method, bits, execution, out)
+    stage.run(resolved, pred, gt, fp, clip or [], dataset, method, bits, execution, out)
 
 
 @app.command()

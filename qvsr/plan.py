@@ -307,18 +307,26 @@ class Plan:
         """Folders of frames that the comparison picture is made of."""
         return [self.frames(*self.picture(), method, bits) for method, bits in self.rows()]
 
-    def frames(self, dataset: str, clip: str, method: str, bits: str) -> str:
-        """Folder of a row's frames; those of the ground truth lie where the clips stage wrote them, and nowhere else."""
+    def row_folder(self, dataset: str, method: str, bits: str) -> str:
+        """Folder of a row's clips; the ground truth's lie where the clips stage wrote them, and nowhere else."""
         if method == GROUND_TRUTH:
-            return str(self.output / "clips" / dataset / "GT" / clip)
-        return str(self.output / "restored" / dataset / f"{method}-{bits}" / clip)
+            return str(self.output / "clips" / dataset / "GT")
+        return str(self.output / "restored" / dataset / f"{method}-{bits}")
+
+    def frames(self, dataset: str, clip: str, method: str, bits: str) -> str:
+        """Folder of a row's frames of one clip."""
+        return f"{self.row_folder(dataset, method, bits)}/{clip}"
+
+    def row_frames(self, dataset: str, method: str, bits: str = UNQUANTIZED_BITS) -> list[str]:
+        """Folders of a row's frames, clip by clip."""
+        return [self.frames(dataset, clip, method, bits) for clip in self.clips(dataset)]
 
     def measured(self, rows: Sequence[tuple[str, str]] | None = None) -> list[str]:
-        """Result files of every clip of rows, by default of the tables'."""
+        """Result files of rows, one a data set, by default of the tables' rows."""
         return [
-            str(self.output / "measured" / dataset / f"{method}-{bits}" / f"{clip}.jsonl")
+            str(self.output / "measured" / dataset / f"{method}-{bits}.jsonl")
             for method, bits in (self.rows() if rows is None else rows)
-            for dataset, clip in self.pairs()
+            for dataset in self.config.evaluate
         ]
 
     def checkpoint(self, method: str, bits: str) -> list[str]:

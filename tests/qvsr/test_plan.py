@@ -54,8 +54,10 @@ def test_rows_are_the_unquantized_then_methods_by_bits(run):
         ("quantvsr", "W4A4"),
     ]
     assert run.pairs() == [("clips", "bikes"), ("clips", "carphone")]
-    assert len(run.measured()) == 14
-    assert run.measured()[0] == "out/measured/clips/ground_truth-W32A32/bikes.jsonl"
+    assert len(run.measured()) == 7
+    assert run.measured()[0] == "out/measured/clips/ground_truth-W32A32.jsonl"
+    assert run.row_frames("clips", "ground_truth") == ["out/clips/clips/GT/bikes", "out/clips/clips/GT/carphone"]
+    assert run.row_frames("clips", "maxmin", "W4A4")[1] == "out/restored/clips/maxmin-W4A4/carphone"
 
 
 def test_full_precision_may_be_listed_among_the_methods(file):

@@ -104,7 +104,7 @@ def test_a_package_of_its_own(project: Path, tmp_path: Path) -> None:
     own = {
         "results/quantized/mine-W4A4.safetensors",
         "results/restored/clips/mine-W4A4/walk",
-        "results/measured/clips/mine-W4A4/walk.jsonl",
+        "results/measured/clips/mine-W4A4.jsonl",
     }
     own |= {"results/tables", "results/figures"}
     assert due(run(project, "--dry-run", *methods, path=path)) == {}
@@ -161,7 +161,7 @@ def test_another_program_ends_in_a_row(external: Path) -> None:
         "tables",
         "figures",
     }
-    assert [output for output, rule in jobs.items() if rule == "measure"] == ["results/measured/clips/nearest-W32A32/walk.jsonl"]
+    assert [output for output, rule in jobs.items() if rule == "measure"] == ["results/measured/clips/nearest-W32A32.jsonl"]
     done = tiny.snakemake(external, config="external")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {row["metric"]: row for row in rows(external, "metrics") if row["method"] == "nearest"}

@@ -87,7 +87,7 @@ def test_a_changed_source_makes_its_clip_stale(finished):
 def test_a_changed_variant_leaves_every_other_row_alone(finished):
     done = tiny.snakemake(finished, "--dry-run", "--config", "variants={rotation: {settings: {channel_split: false}}}")
     outputs = re.findall(r"^ +output: (.+)$", done.stdout + done.stderr, flags=re.MULTILINE)
-    own = {"quantized/rotation-W4A4.safetensors", "restored/clips/rotation-W4A4/walk", "measured/clips/rotation-W4A4/walk.jsonl"}
+    own = {"quantized/rotation-W4A4.safetensors", "restored/clips/rotation-W4A4/walk", "measured/clips/rotation-W4A4.jsonl"}
     assert {output.removeprefix("results/") for output in outputs} == {*own, "tables", "figures"}
 
 

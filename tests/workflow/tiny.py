@@ -153,7 +153,7 @@ def due(project: Path, *arguments: str) -> set[str]:
 
 def done(results: Path) -> int:
     """How many jobs' outputs are there."""
-    patterns = ("clips/*/LQ/*", "calibration", "quantized/*", "restored/*/*/*", "measured/*/*/*", "tables", "figures")
+    patterns = ("clips/*/LQ/*", "calibration", "quantized/*", "restored/*/*/*", "measured/*/*", "tables", "figures")
     found = [path for pattern in patterns for path in results.glob(pattern)]
     return sum(not path.name.startswith(".") for path in found)
 

@@ -1,12 +1,15 @@
+# One job a row: to start costs more than to measure a clip.
+
+
 rule measure:
     input:
-        pred=lambda wildcards: plan.frames(wildcards.dataset, wildcards.clip, wildcards.method, wildcards.bits),
-        gt="<results>/clips/{dataset}/GT/{clip}",
-        fp="<results>/restored/{dataset}/full_precision-W32A32/{clip}",
+        pred=lambda wildcards: plan.row_frames(wildcards.dataset, wildcards.method, wildcards.bits),
+        gt=lambda wildcards: plan.row_frames(wildcards.dataset, "ground_truth"),
+        fp=lambda wildcards: plan.row_frames(wildcards.dataset, "full_precision"),
     output:
-        "<results>/measured/{dataset}/{method}-{bits}/{clip}.jsonl",
+        "<results>/measured/{dataset}/{method}-{bits}.jsonl",
     log:
-        "<results>/logs/measure/{dataset}/{method}-{bits}/{clip}.log",
+        "<results>/logs/measure/{dataset}/{method}-{bits}.log",
     conda:
         "../../environment.yml"
     threads: plan.config.threads
@@ -14,6 +17,10 @@ rule measure:
         mem_mb=1100,
     params:
         config=plan.settings_file,
+        clips=lambda wildcards: [f"--clip {clip}" for clip in plan.clips(wildcards.dataset)],
+        pred=lambda wildcards: plan.row_folder(wildcards.dataset, wildcards.method, wildcards.bits),
+        gt=lambda wildcards: plan.row_folder(wildcards.dataset, "ground_truth", "W32A32"),
+        fp=lambda wildcards: plan.row_folder(wildcards.dataset, "full_precision", "W32A32"),
         execution=lambda wildcards: plan.execution(wildcards.method),
         settings=plan.digest("metrics", "protocol", "seed", "threads", "backbone.name"),
         code=code_digest(
@@ -25,6 +32,6 @@ rule measure:
             "metrics/*.py",
         ),
     shell:
-        "python -m qvsr measure --config {params.config} --pred {input.pred} --gt {input.gt} --fp {input.fp}"
+        "python -m qvsr measure --config {params.config} --pred {params.pred} --gt {params.gt} --fp {params.fp} {params.clips}"
         " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits}"
         " --execution {params.execution} --out {output} > {log} 2>&1"
