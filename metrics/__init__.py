@@ -1,7 +1,9 @@
 """Metrics: one file each, a pure function on frames, registered with its facts in `qvsr.registry.METRICS`.
 
-Facts of every metric: ``unit``, ``higher_is_better``, ``needs`` ("gt", "fp" or "none"), ``frames`` ("each": T values;
-"pairs": T - 1 values) and ``digits`` (decimals shown in tables).
+Facts of every metric: ``unit``, ``higher_is_better``, ``needs`` ("gt", "fp" or "none"), ``frames`` ("each": T values; "pairs": T - 1 values;
+"clip": one value, of the whole clip), ``digits`` (decimals shown in tables) and ``licence`` (SPDX, the strictest of the code and weights that
+compute it). Where they apply: ``weights`` (names in config/assets.yaml; the function gets their paths as keyword ``weights``) and
+``version`` (of a metric that is computed here and not by a package; raised whenever values change).
 """
 
 from metrics import ewarp_dis, gmsd, psnr, psnr_fp, ssim, ssim_fp, ssim_gradient

@@ -41,7 +41,7 @@ def grey(frames_TCHW: Tensor) -> np.ndarray:
     return (luma * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-@METRICS.add("ewarp_dis", unit="1e-3", higher_is_better=False, needs="none", frames="pairs", digits=2)
+@METRICS.add("ewarp_dis", unit="1e-3", higher_is_better=False, needs="none", frames="pairs", digits=2, licence="Apache-2.0")
 def ewarp_dis(pred_TCHW: Tensor, *, preset: str = "medium") -> Tensor:
     """Warping error of each pair of adjacent frames times 1000, occlusions left out.
 

@@ -8,7 +8,7 @@ from metrics._frames import MetricError, check_pair, frame_by_frame, pyiqa_metri
 from qvsr.registry import METRICS
 
 
-@METRICS.add("gmsd", unit="", higher_is_better=False, needs="gt", frames="each", digits=4)
+@METRICS.add("gmsd", unit="", higher_is_better=False, needs="gt", frames="each", digits=4, licence="PolyForm-Noncommercial-1.0.0")
 def gmsd(pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
     """Gradient magnitude similarity deviation of each frame (Xue et al., arXiv 1308.3052), by pyiqa.
 

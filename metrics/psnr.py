@@ -10,7 +10,7 @@ from qvsr.registry import METRICS
 PYIQA = {"rgb": "psnr", "y": "psnry"}
 
 
-@METRICS.add("psnr", unit="dB", higher_is_better=True, needs="gt", frames="each", digits=2)
+@METRICS.add("psnr", unit="dB", higher_is_better=True, needs="gt", frames="each", digits=2, licence="PolyForm-Noncommercial-1.0.0")
 def psnr(pred_TCHW: Tensor, target_TCHW: Tensor, *, colour: str = "rgb", crop: int = 0, eps: float = 0.0) -> Tensor:
     """Peak signal-to-noise ratio of each frame, 10 log10(1 / (mse + eps)), by pyiqa in float64.
 

@@ -11,7 +11,7 @@ PYIQA = {"rgb": "ssimc", "y": "ssim"}
 WINDOW = 11  # of the Gaussian, pixels; only windows that lie inside the frame count
 
 
-@METRICS.add("ssim", unit="", higher_is_better=True, needs="gt", frames="each", digits=4)
+@METRICS.add("ssim", unit="", higher_is_better=True, needs="gt", frames="each", digits=4, licence="PolyForm-Noncommercial-1.0.0")
 def ssim(pred_TCHW: Tensor, target_TCHW: Tensor, *, colour: str = "rgb", crop: int = 0) -> Tensor:
     """Structural similarity of each frame (Wang et al., IEEE TIP 13(4), 2004), by pyiqa in float64.
 

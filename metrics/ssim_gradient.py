@@ -30,7 +30,7 @@ def gradient_magnitude(frames_TCHW: Tensor) -> Tensor:
     return torch.hypot(across, down)[:, None]
 
 
-@METRICS.add("ssim_gradient", unit="", higher_is_better=True, needs="gt", frames="each", digits=4)
+@METRICS.add("ssim_gradient", unit="", higher_is_better=True, needs="gt", frames="each", digits=4, licence="PolyForm-Noncommercial-1.0.0")
 def ssim_gradient(pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
     """Structural similarity of the gradient magnitudes of each frame, by pyiqa's ``ssim`` in float64.
 

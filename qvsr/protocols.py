@@ -10,10 +10,11 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from qvsr.provenance import ROOT
-from qvsr.registry import Entry, suggest
+from qvsr.registry import METRICS, Entry, suggest
 from qvsr.settings import Settings
 
 FOLDER = ROOT / "config" / "protocols"
+WEIGHTS = "weights"  # keyword by which a metric gets the paths of its files
 Option = bool | int | float | str
 
 
@@ -24,8 +25,17 @@ class ProtocolError(ValueError):
 class MetricProtocol(Settings):
     """One metric under a protocol."""
 
-    implementation: str = Field(pattern=r"^[a-z0-9_-]+==[0-9][0-9a-z.]*$", description="package==version that computes it")
-    options: dict[str, Option] = Field(description="every keyword of the metric's function, none left to a default")
+    implementation: str = Field(
+        pattern=r"^[a-z0-9_-]+==[0-9][0-9a-z.]*$",
+        description="package==version that computes it; qvsr==N where we do, with N the `version` that the metric's decorator states",
+    )
+    options: dict[str, Option] = Field(description="every keyword of the metric's function but `weights`, none left to a default")
+    weights: dict[str, str] = Field(
+        {}, description="files of weights by their name in config/assets.yaml, each with the first digits of its SHA-256"
+    )
+    clip_digits: int | None = Field(
+        None, ge=0, description="decimals to which a clip's value is rounded before the mean over clips; null: none"
+    )
 
 
 class Protocol(Settings):
@@ -39,13 +49,15 @@ class Protocol(Settings):
     name: str
     range: str = Field(description="range of the values that metrics get")
     rounding: str = Field(description="how float frames become 8 bit: round or truncate")
-    frames: str = Field(description="which frames count")
+    frames: str = Field(
+        description="all: both sides must have the same frames of the same size; common: what is longer or larger is cut (last frames, right, bottom)"
+    )
     average: str = Field(description="order of the means")
     metrics: dict[str, MetricProtocol]
 
     @model_validator(mode="after")
     def _known_conventions(self) -> Protocol:
-        offered = {"range": ("0-1",), "rounding": ("round", "truncate"), "frames": ("all",), "average": ("frames-then-clips",)}
+        offered = {"range": ("0-1",), "rounding": ("round", "truncate"), "frames": ("all", "common"), "average": ("frames-then-clips",)}
         for key, values in offered.items():
             if getattr(self, key) not in values:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; known: {' | '.join(values)}")
@@ -61,7 +73,7 @@ class Protocol(Settings):
             raise ProtocolError(f"protocol {self.name}: {suggest('metric', metric.name, self.metrics)}")
         given = self.metrics[metric.name].options
         parameters = inspect.signature(metric.function).parameters.values()
-        taken = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        taken = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != WEIGHTS]
         for name in given:
             if name not in taken:
                 raise ProtocolError(f"protocol {self.name}, {metric.name}: {suggest('option', name, taken)}")
@@ -70,6 +82,10 @@ class Protocol(Settings):
                 raise ProtocolError(
                     f"protocol {self.name}, {metric.name}: option {name} is not fixed; add it to config/protocols/{self.name}.yaml"
                 )
+        needed = metric.facts.get(WEIGHTS, ())
+        if set(self.metrics[metric.name].weights) != set(needed):
+            found = ", ".join(self.metrics[metric.name].weights) or "none"
+            raise ProtocolError(f"protocol {self.name}, {metric.name}: weights are {found}, the metric needs {', '.join(needed) or 'none'}")
         return dict(given)
 
     def signature(self, metric: str) -> str:
@@ -81,7 +97,11 @@ class Protocol(Settings):
         if metric not in self.metrics:
             raise ProtocolError(f"protocol {self.name}: {suggest('metric', metric, self.metrics)}")
         one = self.metrics[metric]
-        facts = {"impl": one.implementation.replace("==", "-"), **dict(sorted(one.options.items()))}
+        facts: dict[str, object] = {"impl": one.implementation.replace("==", "-"), **dict(sorted(one.options.items()))}
+        if one.weights:
+            facts[WEIGHTS] = "+".join(f"{name}-{digest[:8]}" for name, digest in sorted(one.weights.items()))
+        if one.clip_digits is not None:
+            facts["clip_digits"] = one.clip_digits
         facts |= {"range": self.range, "rounding": self.rounding, "frames": self.frames, "average": self.average}
         return "|".join([metric, self.name, *(f"{key}:{value}" for key, value in facts.items())])
 
@@ -103,7 +123,7 @@ class Protocol(Settings):
             ProtocolError: names the package, both versions and what to do.
         """
         package, _, wanted = self.metrics[metric].implementation.partition("==")
-        found = installed(package)
+        found = METRICS[metric].facts["version"] if package == "qvsr" else installed(package)
         if found != wanted:
             raise ProtocolError(
                 f"protocol {self.name}: {metric} is defined with {package} {wanted}, found {found}: install that version, "

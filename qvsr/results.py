@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,22 +69,30 @@ class Row(Context):
     """
 
     metric: str
-    value: Value = Field(description="mean of per_frame")
+    value: Value | None = Field(
+        description="mean of per_frame, rounded if the protocol rounds clips; null: not measured, `missing` says why"
+    )
+    missing: str = Field("", description="why there is no value: what is not there, where it comes from, the command that gets it")
     per_frame: tuple[Value, ...] = Field((), description="one value a frame, or a pair of frames; empty when the source keeps none")
     frames: int = Field(ge=1, description="frames of the clip")
     signature: str
 
     @field_validator("value", "per_frame")
     @classmethod
-    def _no_nan(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
-        if any(math.isnan(v) for v in (value if isinstance(value, tuple) else (value,))):
+    def _no_nan(cls, value: float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:
+        if any(v is not None and math.isnan(v) for v in (value if isinstance(value, tuple) else (value,))):
             raise ValueError("NaN is no result")
         return value
 
     @model_validator(mode="after")
     def _value_is_the_mean(self) -> Row:
-        if self.per_frame and not math.isclose(self.value, mean(self.per_frame), rel_tol=1e-9):
-            raise ValueError(f"value {self.value} is not the mean of per_frame, {mean(self.per_frame)}")
+        if (self.value is None) != bool(self.missing) or (self.missing and self.per_frame):
+            raise ValueError(f"value {self.value} with missing {self.missing!r}: a row has either a value or a reason why it has none")
+        if self.value is not None and self.per_frame:
+            digits = re.search(r"\|clip_digits:(\d+)", self.signature)
+            rounded = 0.5000001 * 10.0 ** -int(digits[1]) if digits else 0.0
+            if not math.isclose(self.value, mean(self.per_frame), rel_tol=1e-9, abs_tol=rounded):
+                raise ValueError(f"value {self.value} is not the mean of per_frame, {mean(self.per_frame)}")
         return self
 
     def line(self) -> str:
@@ -202,13 +211,14 @@ class Summary:
     bits: str
     execution: str
     metric: str
-    value: float
+    value: float | None
     low: float | None
     high: float | None
     clips: int
     frames: int
     signature: str
     limit: int | None
+    missing: str = ""
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -276,10 +286,12 @@ def _summary(key: tuple[str, ...], by_clip: dict[str, Row], expected: dict[str, 
         if len(found) > 1:
             raise ResultError(f"{describe(key)}: rows of more than one {what}: {found[0]} and {found[1]}; they have no common mean")
     rows = [by_clip[clip] for clip in sorted(by_clip)]
-    values = [row.value for row in rows]
-    low, high = interval(values)
     backbone, dataset, method, bits, execution, metric = key
-    frames = sum(row.frames for row in rows)
+    frames, missing = sum(row.frames for row in rows), next((row.missing for row in rows if row.missing), "")
+    value, (low, high) = None, (None, None)
+    if not missing:
+        values = [row.value for row in rows if row.value is not None]
+        value, (low, high) = mean(values), interval(values)
     return Summary(
-        backbone, dataset, method, bits, execution, metric, mean(values), low, high, len(rows), frames, rows[0].signature, rows[0].limit
+        backbone, dataset, method, bits, execution, metric, value, low, high, len(rows), frames, rows[0].signature, rows[0].limit, missing
     )
