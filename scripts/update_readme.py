@@ -1,4 +1,4 @@
-"""Copy the tables and pictures of the last run to results/reference, the main table into the README, the ablation into docs/methods.md.
+"""Copy the tables and pictures of the last run to results/reference, the main table into the README, the ablation into docs/ablation.md.
 
 python scripts/update_readme.py           after `make tables`; the ablation too if it was run
 python scripts/update_readme.py --keys    only the table of settings in config/README.md
@@ -49,7 +49,7 @@ def update_results(results: Path) -> None:
             sys.exit(f"error: {results} has no {needed}")
     replace_between(ROOT / "README.md", "table", main_table((REFERENCE / "metrics.md").read_text()))
     if ablated:
-        replace_between(ROOT / "docs" / "methods.md", "ablation", (REFERENCE / "ablation.md").read_text())
+        replace_between(ROOT / "docs" / "ablation.md", "ablation", (REFERENCE / "ablation.md").read_text())
 
 
 def main_table(metrics: str) -> str:
