@@ -1,13 +1,15 @@
-"""What every metric asks of its frames, and how frames reach pyiqa."""
+"""What every metric asks of its frames, and what metrics that are computed here make of them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float64]
 
 
 class MetricError(ValueError):
@@ -49,26 +51,64 @@ def check_pair(metric: str, pred_TCHW: Tensor, target_TCHW: Tensor, target: str 
     check_frames(metric, target_TCHW, target)
 
 
-@functools.lru_cache(maxsize=16)
-def pyiqa_metric(name: str, options: tuple[tuple[str, Any], ...] = ()) -> Callable[[Tensor, Tensor], Tensor]:
-    """A pyiqa metric on the CPU, built once; `options` go to its constructor. None of the metrics used here has weights."""
-    import pyiqa  # heavy, and only needed where something is measured
+def check_size(metric: str, frames_TCHW: Tensor, smallest: int, why: str, crop: int = 0) -> None:
+    """Refuse frames whose sides, less `crop` pixels at every border, are below `smallest`.
 
-    return pyiqa.create_metric(name, device=torch.device("cpu"), **dict(options))
+    >>> check_size("ssim", torch.zeros(1, 3, 20, 30), 11, "for the window", crop=5)
+    Traceback (most recent call last):
+    ...
+    metrics._frames.MetricError: ssim: frames are 20x30 with crop 5; at least 11x11 is needed for the window
+    """
+    height, width = frames_TCHW.shape[-2:]
+    if crop < 0:
+        raise MetricError(f"{metric}: crop is {crop}; 0 or more pixels can be left out at every border")
+    if min(height, width) - 2 * crop < smallest:
+        cropped = f" with crop {crop}" if crop else ""
+        raise MetricError(f"{metric}: frames are {height}x{width}{cropped}; at least {smallest}x{smallest} is needed {why}")
 
 
-def frame_by_frame(metric: Callable[[Tensor, Tensor], Tensor], pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
-    """Apply a metric of batches to one frame after the other: memory does not grow with the clip, nor do values depend on its length.
+def frame_by_frame(metric: Callable[[Tensor, Tensor], Tensor | float], pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
+    """Apply a metric to one frame after the other: memory does not grow with the clip, nor do values depend on where it is cut.
 
+    Args:
+        metric: of two batches of one frame, (1, 3, H, W); its value is a number or a tensor of one element.
     Returns:
         value_T in float64.
     """
-    values = [metric(pred_TCHW[t : t + 1], target_TCHW[t : t + 1]).reshape(()).double() for t in range(pred_TCHW.shape[0])]
-    return torch.stack(values)
+    values = [float(metric(pred_TCHW[t : t + 1], target_TCHW[t : t + 1])) for t in range(pred_TCHW.shape[0])]
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def name_for_colour(metric: str, colour: str, names: dict[str, str]) -> str:
-    """pyiqa's name of a metric for a colour space."""
-    if colour not in names:
-        raise MetricError(f"{metric}: no colour {colour!r}; known: {', '.join(names)}")
-    return names[colour]
+# Weights of R, G, B and what is added to them, for values in [0, 1].
+LUMA = {
+    "y": (0.299, 0.587, 0.114, 0.0),  # full range
+    "y_limited": (0.257, 0.504, 0.098, 16 / 256),  # 16 to 235 in 8 bit, with the digits of QuantVSR's evaluation script
+}
+
+
+def planes(metric: str, frame_1CHW: Tensor, colour: str, crop: int = 0) -> Array:
+    """One frame in the colour space that a protocol names, for metrics that compute in float64.
+
+    Args:
+        frame_1CHW: RGB in [0, 1].
+        colour: "rgb", or a key of `LUMA`.
+        crop: pixels left out at every border.
+    Returns:
+        CHW float64 in [0, 1], three planes or one; never a view of the frame.
+    """
+    if colour != "rgb" and colour not in LUMA:
+        raise MetricError(f"{metric}: no colour {colour!r}; known: rgb, {', '.join(LUMA)}")
+    height, width = frame_1CHW.shape[-2:]
+    frame_CHW = frame_1CHW[0, :, crop : height - crop, crop : width - crop].cpu().numpy().astype(np.float64)
+    return frame_CHW if colour == "rgb" else luma(frame_CHW, colour)[None]
+
+
+def luma(frame_CHW: Array, colour: str = "y") -> Array:
+    """Luma HW of an RGB frame in float64, not rounded.
+
+    Channel by channel, in this order: a matrix product may add in another, and where the luma of 8-bit colours lies half-way between two
+    integers (a pixel in a thousand) the machine would decide how it is rounded.
+    """
+    red, green, blue, offset = LUMA[colour]
+    value: Array = red * frame_CHW[0] + green * frame_CHW[1] + blue * frame_CHW[2]
+    return value + offset if offset else value

@@ -8,7 +8,7 @@ from metrics.psnr import psnr
 from qvsr.registry import METRICS
 
 
-@METRICS.add("psnr_fp", unit="dB", higher_is_better=True, needs="fp", frames="each", digits=2, licence="PolyForm-Noncommercial-1.0.0")
+@METRICS.add("psnr_fp", unit="dB", higher_is_better=True, needs="fp", frames="each", digits=2, licence="Apache-2.0", version="1")
 def psnr_fp(pred_TCHW: Tensor, full_precision_TCHW: Tensor, *, colour: str = "rgb", crop: int = 0, eps: float = 0.0) -> Tensor:
     """Fidelity to full precision: :func:`metrics.psnr.psnr` with the full-precision output in place of the ground truth.
 

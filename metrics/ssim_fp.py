@@ -8,7 +8,7 @@ from metrics.ssim import ssim
 from qvsr.registry import METRICS
 
 
-@METRICS.add("ssim_fp", unit="", higher_is_better=True, needs="fp", frames="each", digits=4, licence="PolyForm-Noncommercial-1.0.0")
+@METRICS.add("ssim_fp", unit="", higher_is_better=True, needs="fp", frames="each", digits=4, licence="Apache-2.0", version="1")
 def ssim_fp(pred_TCHW: Tensor, full_precision_TCHW: Tensor, *, colour: str = "rgb", crop: int = 0) -> Tensor:
     """Fidelity to full precision: :func:`metrics.ssim.ssim` with the full-precision output in place of the ground truth.
 

@@ -92,7 +92,7 @@ class Protocol(Settings):
         """One line that says how a value came about; values of different signatures are not comparable.
 
         >>> read("strict-v1").signature("psnr")
-        'psnr|strict-v1|impl:pyiqa-0.1.16|colour:rgb|crop:0|eps:0.0|range:0-1|rounding:round|frames:all|average:frames-then-clips'
+        'psnr|strict-v1|impl:qvsr-1|colour:rgb|crop:0|eps:0.0|range:0-1|rounding:round|frames:all|average:frames-then-clips'
         """
         if metric not in self.metrics:
             raise ProtocolError(f"protocol {self.name}: {suggest('metric', metric, self.metrics)}")
