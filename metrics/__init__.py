@@ -6,6 +6,6 @@ compute it). Where they apply: ``weights`` (names in config/assets.yaml; the fun
 ``version`` (of a metric that is computed here and not by a package; raised whenever values change).
 """
 
-from metrics import ewarp_dis, gmsd, psnr, psnr_fp, ssim, ssim_fp, ssim_gradient
+from metrics import ewarp, ewarp_dis, flicker, gmsd, psnr, psnr_fp, ssim, ssim_fp, ssim_gradient, tof
 
-__all__ = ["ewarp_dis", "gmsd", "psnr", "psnr_fp", "ssim", "ssim_fp", "ssim_gradient"]
+__all__ = ["ewarp", "ewarp_dis", "flicker", "gmsd", "psnr", "psnr_fp", "ssim", "ssim_fp", "ssim_gradient", "tof"]

@@ -6,20 +6,29 @@ thresholds are those of the released evaluation of QuantVSR and DOVE (after Rude
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metrics._frames import MetricError
 
-def halve_and_pad(frames_TCHW: Tensor, multiple: int = 8) -> Tensor:
-    """Bilinear reduction by exactly 2 (no antialiasing, size rounded down), then replicated borders up to a multiple.
+CHANNELS = {"sum": 1, "mean": 3}  # what the sum over R, G, B is divided by
+UNSEEN = ("zero", "refuse")
 
-    >>> halve_and_pad(torch.zeros(1, 3, 253, 262)).shape
+
+def shrink_and_pad(frames_TCHW: Tensor, scale: float = 0.5, multiple: int = 8) -> Tensor:
+    """Bilinear reduction (no antialiasing, size rounded down, by exactly `scale` also then), then replicated borders up to a multiple.
+
+    >>> shrink_and_pad(torch.zeros(1, 3, 253, 262)).shape
     torch.Size([1, 3, 128, 136])
     """
-    half = F.interpolate(frames_TCHW, scale_factor=0.5, mode="bilinear", align_corners=False, recompute_scale_factor=False)
-    down, right = ((-size) % multiple for size in half.shape[-2:])
-    return F.pad(half, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
+    if scale != 1:
+        frames_TCHW = F.interpolate(frames_TCHW, scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False)
+    down, right = ((-size) % multiple for size in frames_TCHW.shape[-2:])
+    return F.pad(frames_TCHW, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
 
 
 def warp(image_CHW: Tensor, flow_2HW: Tensor) -> Tensor:
@@ -35,8 +44,8 @@ def warp(image_CHW: Tensor, flow_2HW: Tensor) -> Tensor:
     tensor([[[1.5000, 3.0000, 4.0000]]])
     """
     _, height, width = image_CHW.shape
-    y = torch.arange(height, dtype=flow_2HW.dtype).view(-1, 1) + flow_2HW[1]
-    x = torch.arange(width, dtype=flow_2HW.dtype).view(1, -1) + flow_2HW[0]
+    y = torch.arange(height, dtype=flow_2HW.dtype, device=flow_2HW.device).view(-1, 1) + flow_2HW[1]
+    x = torch.arange(width, dtype=flow_2HW.dtype, device=flow_2HW.device).view(1, -1) + flow_2HW[0]
     x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
     left, top = x.floor().clamp(max=max(width - 2, 0)), y.floor().clamp(max=max(height - 2, 0))
     right_weight, bottom_weight = x - left, y - top
@@ -94,3 +103,47 @@ def warping_error(image1_CHW: Tensor, image2_CHW: Tensor, flow_forward_2HW: Tens
         return 0.0, 0
     difference = (warp(image2_CHW, flow_forward_2HW) - image1_CHW) * visible
     return float(difference.double().square().sum() / count), count
+
+
+def check_scaled_size(metric: str, frames_TCHW: Tensor, scale: float, smallest: int) -> None:
+    """Refuse a scale that does not shrink, and frames that are too small once shrunken."""
+    if not 0 < scale <= 1:
+        raise MetricError(f"{metric}: scale is {scale:g}; above 0, at most 1 is needed")
+    height, width = frames_TCHW.shape[-2:]
+    if int(min(height, width) * scale) < smallest:
+        needed = math.ceil(smallest / scale)
+        raise MetricError(f"{metric}: frames are {height}x{width}; at least {needed}x{needed} is needed for optical flow")
+
+
+def warping_errors(
+    metric: str,
+    frames_TCHW: Tensor,
+    flows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    scale: float,
+    channels: str,
+    unseen: str,
+) -> Tensor:
+    """E*warp of each pair of adjacent frames, times 1000, for any flow; two frames at a time, so memory does not grow with the clip.
+
+    Args:
+        frames_TCHW: in [0, 1].
+        flows: forward and backward flow (2HW) of two frames (CHW in [0, 1], shrunken and padded).
+        scale, channels, unseen: see :func:`metrics.ewarp.ewarp`.
+    Returns:
+        error_T of T - 1 pairs, float64, in 1e-3.
+    """
+    for option, value, known in (("channels", channels, tuple(CHANNELS)), ("unseen", unseen, UNSEEN)):
+        if value not in known:
+            raise MetricError(f"{metric}: {option} is {value!r}; known: {', '.join(known)}")
+    if len(frames_TCHW) < 2:
+        raise MetricError(f"{metric}: 1 frame; a pair of frames is needed")
+    errors = []
+    following = shrink_and_pad(frames_TCHW[:1].float(), scale)[0]
+    for t in range(len(frames_TCHW) - 1):
+        this, following = following, shrink_and_pad(frames_TCHW[t + 1 : t + 2].float(), scale)[0]
+        error, visible = warping_error(this, following, *flows(this, following))
+        if visible == 0 and unseen == "refuse":
+            raise MetricError(f"{metric}: no pixel of frame {t} is found again in frame {t + 1}; is there a scene cut in this clip?")
+        errors.append(1000 * error / CHANNELS[channels])
+    return torch.tensor(errors, dtype=torch.float64)

@@ -1,12 +1,18 @@
-"""Warping, occlusion and error of E*warp for stored flows: what `ewarp_dis` shares with the released metric."""
+"""E*warp: warping, occlusion and error for stored flows, and the whole metric with the weights of the recipe."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from golden import assert_close, load, matching, under
+from recipe import fill
 
-from metrics._warp import halve_and_pad, inconsistent, motion_boundary, occlusion, warp, warping_error
+from metrics._warp import inconsistent, motion_boundary, occlusion, shrink_and_pad, warp, warping_error
+from metrics.ewarp import ewarp
+from qvsr.protocols import read
+from qvsr.registry import METRICS
 
 ROUNDING = 1e-5  # a pixel nearer to a threshold than this may fall on the other side in another order of float32 sums
 FLIPS = 2  # so many of them at most, and only where the set says that there are such pixels
@@ -23,7 +29,7 @@ def test_half_resolution_and_padding() -> None:
     meta, tensors = load("eval_ewarp")
     frames = (tensors["clip"].float() / 255).permute(0, 3, 1, 2)
     assert list(frames.shape[-2:]) == meta["clip_hw"]
-    half = halve_and_pad(frames)
+    half = shrink_and_pad(frames)
     assert list(half.shape[-2:]) == meta["padded_hw"]
     for (index,), expected in matching(tensors, r"half_padded_frame(\d+)").items():
         assert_close(half[int(index)], expected, meta, f"frame {index}")
@@ -53,7 +59,7 @@ def test_masks_warps_and_errors_for_given_flows() -> None:
 def test_score_from_stored_flows(name: str) -> None:
     clip_meta, clip_tensors = load("eval_ewarp")
     meta, tensors = load(name)
-    frames = halve_and_pad((clip_tensors["clip"].float() / 255).permute(0, 3, 1, 2))
+    frames = shrink_and_pad((clip_tensors["clip"].float() / 255).permute(0, 3, 1, 2))
     errors, flips = [], 0
     for i, (forward, backward) in enumerate(zip(tensors["flow_forward"], tensors["flow_backward"], strict=True)):
         flips += flipped(occlusion(forward, backward), tensors["occlusion"][i], FLIPS, f"pair {i}")
@@ -65,3 +71,28 @@ def test_score_from_stored_flows(name: str) -> None:
     close = 1e-3 if flips else 1e-5  # stated in the set; float32 sums of the reference
     assert errors == pytest.approx(meta["error_per_pair_times_1000"], rel=close)
     assert torch.tensor(errors, dtype=torch.float64).mean().item() == pytest.approx(meta["score"], rel=close)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint with published names."""
+    meta, tensors = load("eval_raft")
+    factor = load("eval_ewarp_paper")[0]["flow_head_factor"]
+    state = fill(meta["recipe"], tensors)
+    for key in ("weight", "bias"):
+        state[f"update_block.flow_head.conv2.{key}"] *= factor
+    path = tmp_path_factory.mktemp("weights") / "raft-things.pth"
+    torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    return {"raft-things": path}
+
+
+@pytest.mark.parametrize(("protocol", "name"), [("paper-v1", "eval_ewarp_paper"), ("strict-v1", "eval_ewarp_strict")])
+def test_the_metric_under_both_protocols(protocol: str, name: str, weights: dict[str, Path]) -> None:
+    meta, _ = load(name)
+    frames = (load("eval_ewarp")[1]["clip"].float() / 255).permute(0, 3, 1, 2)
+    options = read(protocol).options(METRICS["ewarp"])
+    values = ewarp(frames, **options, weights=weights)
+    # stated in the set, for a network run anew; the two sets are 12 % apart
+    assert values.tolist() == pytest.approx(meta["error_per_pair_times_1000"], rel=1e-3)
+    assert values.mean().item() == pytest.approx(meta["score"], rel=1e-3)
+    assert torch.equal(ewarp(frames[2:4], **options, weights=weights), values[2:3])  # a chunk of the clip

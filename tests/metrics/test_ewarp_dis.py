@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
+from metrics._dis import dis_flow, grey
 from metrics._frames import MetricError
-from metrics._warp import halve_and_pad, occlusion, warp, warping_error
-from metrics.ewarp_dis import dis_flow, ewarp_dis, grey
+from metrics._warp import occlusion, shrink_and_pad, warp, warping_error
+from metrics.ewarp_dis import ewarp_dis
 
 
 def texture(height: int = 160, width: int = 176, seed: int = 0) -> np.ndarray:
@@ -37,12 +38,18 @@ def test_warp_is_scipy_s_interpolation() -> None:
 
 def test_half_resolution_is_the_mean_of_four() -> None:
     frames = torch.rand(2, 3, 32, 48)
-    torch.testing.assert_close(halve_and_pad(frames), frames.unflatten(3, (24, 2)).unflatten(2, (16, 2)).mean((3, 5)))
+    torch.testing.assert_close(shrink_and_pad(frames), frames.unflatten(3, (24, 2)).unflatten(2, (16, 2)).mean((3, 5)))
+
+
+def test_full_resolution_is_only_padded() -> None:
+    frames = torch.rand(1, 3, 30, 33)
+    padded = shrink_and_pad(frames, scale=1)
+    assert padded.shape == (1, 3, 32, 40) and torch.equal(padded[:, :, 1:31, 3:36], frames)
 
 
 def test_flow_finds_a_known_motion() -> None:
-    luma = grey(halve_and_pad(panning(2, 4)))
-    flow = dis_flow(luma[0], luma[1])
+    first, second = (grey(frame) for frame in shrink_and_pad(panning(2, 4)))
+    flow = dis_flow(first, second)
     inner = flow[:, 8:-8, 8:-8]
     assert abs(inner[0].median().item() + 2) < 0.05 and abs(inner[1].median().item()) < 0.05  # half of 4 px, to the left
 
@@ -99,6 +106,23 @@ def test_what_is_refused() -> None:
         ewarp_dis(clip, preset="slow")
     with pytest.raises(MetricError, match="ewarp_dis: prediction has NaN in frame 1"):
         ewarp_dis(torch.cat([clip[:1], clip[:1] * float("nan")]))
+    with pytest.raises(MetricError, match="ewarp_dis: scale is 2; above 0, at most 1 is needed"):
+        ewarp_dis(clip, scale=2)
+    with pytest.raises(MetricError, match="ewarp_dis: channels is 'rgb'; known: sum, mean"):
+        ewarp_dis(clip, channels="rgb")
+    with pytest.raises(MetricError, match="ewarp_dis: unseen is 'skip'; known: zero, refuse"):
+        ewarp_dis(clip, unseen="skip")
+
+
+def test_the_mean_over_channels_is_a_third_of_the_sum() -> None:
+    clip = panning(2)
+    torch.testing.assert_close(3 * ewarp_dis(clip, channels="mean"), ewarp_dis(clip), rtol=1e-12, atol=0)  # float64 rounding
+
+
+def test_at_full_resolution_small_frames_suffice_and_the_value_is_another() -> None:
+    clip = panning(2)
+    assert ewarp_dis(clip[:, :, :48], scale=1).shape == (1,)
+    assert abs(ewarp_dis(clip, scale=1) / ewarp_dis(clip) - 1) > 0.05
 
 
 def test_a_pair_without_common_pixels_is_no_perfect_score(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +130,4 @@ def test_a_pair_without_common_pixels_is_no_perfect_score(monkeypatch: pytest.Mo
     monkeypatch.setattr("metrics.ewarp_dis.dis_flow", lambda *_: away)
     with pytest.raises(MetricError, match="no pixel of frame 0 is found again in frame 1; is there a scene cut"):
         ewarp_dis(panning(2))
+    assert ewarp_dis(panning(3), unseen="zero").tolist() == [0.0, 0.0]  # what the released script makes of it
