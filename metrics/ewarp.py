@@ -54,8 +54,8 @@ def ewarp(
     warped to this one, squared differences over the pixels visible in both, means over pairs. A pixel is left out where the flows do not
     cancel or the forward flow jumps (arXiv 1604.08610). No ground truth: blurred frames score well, so read it beside a measure of fidelity.
 
-    Shrunken frames below 128 pixels a side, for which the published network gives nothing, are extended by replicated borders
-    for the flow alone.
+    Shrunken frames below 128 pixels a side are too small for the coarsest level of RAFT's correlations; they are extended by replicated
+    borders for the flow alone, which is then cut back.
 
     Args:
         pred_TCHW: restored frames, RGB in [0, 1], at least two; sides of at least 8 pixels once shrunken.

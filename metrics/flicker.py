@@ -16,8 +16,8 @@ def flicker(pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
     The same as the difference between the frame-to-frame changes of both clips, |(p' - p) - (g' - g)|: the first-order temporal difference
     of video matting (dtSSD, Erofeev et al., BMVC 2015), here with absolute values. No flow and no weights.
 
-    Blind to any error that stays where it is, however large, such as a constant tint. An error that moves along with the
-    picture, a blur for instance, counts wherever something moves: it favours neither sharp nor blurred frames only in still scenes.
+    Blind to any error that stays where it is, however large, such as a constant tint. An error that moves along with the picture, as blur
+    does, counts wherever something moves, though nobody sees it flicker: compare it between methods, not between clips.
 
     Args:
         pred_TCHW: restored frames, RGB in [0, 1], at least two.

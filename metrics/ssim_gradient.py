@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from metrics._frames import Array, check_pair, check_size, frame_by_frame, planes
+from metrics._frames import check_pair, check_size, frame_by_frame, planes
 from metrics._ssim import WINDOW, structural_similarity
 from qvsr.registry import METRICS
 
 
-def gradient_magnitude(luma_HW: Array) -> Array:
-    """Sobel gradient magnitude where the 3x3 kernel lies inside the image, (H - 2, W - 2).
+def gradient_magnitude(frames_TCHW: Tensor) -> Tensor:
+    """Sobel gradient magnitude of the luma, where the 3x3 kernel lies inside the frame.
 
     The kernel is divided by 4, so that a step of contrast 1 along a row or column has magnitude 1; no
     3x3 patch has more than sqrt(5) / 2 = 1.12.
+
+    Args:
+        frames_TCHW: RGB in [0, 1].
+    Returns:
+        ``(T, 1, H - 2, W - 2)``, float64.
     """
     import cv2
 
     smooth, difference = np.array([0.25, 0.5, 0.25]), np.array([1.0, 0.0, -1.0])
-    across = cv2.sepFilter2D(luma_HW, cv2.CV_64F, difference, smooth)[1:-1, 1:-1]
-    down = cv2.sepFilter2D(luma_HW, cv2.CV_64F, smooth, difference)[1:-1, 1:-1]
-    magnitude: Array = np.sqrt(across * across + down * down)
-    return magnitude
+    magnitudes = []
+    for frame_1CHW in frames_TCHW.split(1):
+        luma_HW = planes("ssim_gradient", frame_1CHW, "y")[0]
+        across = cv2.sepFilter2D(luma_HW, cv2.CV_64F, difference, smooth)[1:-1, 1:-1]
+        down = cv2.sepFilter2D(luma_HW, cv2.CV_64F, smooth, difference)[1:-1, 1:-1]
+        magnitudes.append(np.sqrt(across * across + down * down)[None])
+    return torch.from_numpy(np.stack(magnitudes))
 
 
 @METRICS.add("ssim_gradient", unit="", higher_is_better=True, needs="gt", frames="each", digits=4, licence="Apache-2.0", version="1")
@@ -44,7 +53,6 @@ def ssim_gradient(pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
     Raises:
         MetricError: shapes differ, NaN, values outside [0, 1], frames smaller than 13x13.
 
-    >>> import torch
     >>> x = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     >>> ssim_gradient(x, x)
     tensor([1.], dtype=torch.float64)
@@ -53,7 +61,7 @@ def ssim_gradient(pred_TCHW: Tensor, target_TCHW: Tensor) -> Tensor:
     check_size("ssim_gradient", pred_TCHW, WINDOW + 2, "for the window on gradients of 3x3 pixels")
 
     def of_frame(pred_1CHW: Tensor, target_1CHW: Tensor) -> float:
-        first, second = (gradient_magnitude(planes("ssim_gradient", frame, "y")[0]) for frame in (pred_1CHW, target_1CHW))
+        first, second = (gradient_magnitude(frame_1CHW)[0, 0].numpy() for frame_1CHW in (pred_1CHW, target_1CHW))
         return structural_similarity(first, second, 1.0)
 
     return frame_by_frame(of_frame, pred_TCHW, target_TCHW)

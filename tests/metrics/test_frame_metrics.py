@@ -18,7 +18,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import metrics  # noqa: F401 (fills the registry)
 from metrics import _ssim
-from metrics._frames import MetricError, luma, planes
+from metrics._frames import MetricError, planes
 from metrics.gmsd import gmsd
 from metrics.psnr import psnr
 from metrics.psnr_fp import psnr_fp
@@ -145,7 +145,7 @@ def test_ssim_of_gradients_is_scikit_image_s_on_scipy_s_gradients() -> None:
     pred, target = clip_pair(noise=25)
     for t in range(len(pred)):
         a, b = (reference_gradients(x[t].double().numpy()) for x in (pred, target))
-        np.testing.assert_allclose(gradient_magnitude(luma(pred[t].double().numpy())), a, atol=1e-14)  # the same arithmetic
+        np.testing.assert_allclose(gradient_magnitude(pred)[t, 0].numpy(), a, atol=1e-14)  # the same arithmetic
         mean, map_ = structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, full=True)
         assert map_[5:-5, 5:-5].min() > 0  # else the floor at 0 would make another number of it
         assert ssim_gradient(pred, target)[t].item() == pytest.approx(mean, rel=1e-12)  # float64 sums in another order
@@ -153,11 +153,11 @@ def test_ssim_of_gradients_is_scikit_image_s_on_scipy_s_gradients() -> None:
 
 
 def test_a_step_of_full_contrast_has_gradient_one_and_nothing_much_more() -> None:
-    step = np.zeros((16, 16))
-    step[:, 8:] = 1
-    assert gradient_magnitude(step).max() == 1
-    patches = np.array(list(itertools.product((0.0, 1.0), repeat=9))).reshape(-1, 3, 3)  # a convex function is largest at a corner
-    assert max(gradient_magnitude(patch).item() for patch in patches) == pytest.approx(math.sqrt(5) / 2, abs=1e-12)
+    step = torch.zeros(1, 3, 16, 16)
+    step[..., 8:] = 1
+    assert gradient_magnitude(step).max().item() == pytest.approx(1, abs=1e-12)  # 0.299 + 0.587 + 0.114 in float64
+    patches = torch.tensor(list(itertools.product((0.0, 1.0), repeat=9))).reshape(-1, 1, 3, 3)  # a convex function is largest at a corner
+    assert gradient_magnitude(patches.expand(-1, 3, -1, -1)).max().item() == pytest.approx(math.sqrt(5) / 2, abs=1e-12)
 
 
 def test_ssim_of_gradients_sees_blur_more_than_ssim_and_brightness_not_at_all() -> None:

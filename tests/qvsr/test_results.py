@@ -41,7 +41,7 @@ def test_a_clip_is_measured_by_every_metric_of_the_protocol() -> None:
     assert [len(r.per_frame) for r in rows] == [3, 3, 3, 2, 3, 3] and {r.frames for r in rows} == {3}
     assert by_name["psnr"].value == pytest.approx(sum(by_name["psnr"].per_frame) / 3)
     assert by_name["psnr_fp"].value == math.inf and by_name["ssim_fp"].value == pytest.approx(1.0, abs=1e-12)
-    assert by_name["psnr"].signature.startswith("psnr|strict-v1|impl:pyiqa-") and "colour:rgb" in by_name["ssim"].signature
+    assert by_name["psnr"].signature.startswith("psnr|strict-v1|impl:qvsr-1|") and "colour:rgb" in by_name["ssim"].signature
 
 
 def test_frames_that_a_metric_needs_and_does_not_get() -> None:
