@@ -15,7 +15,7 @@ def ssim(pred_TCHW: Tensor, target_TCHW: Tensor, *, colour: str = "rgb", crop: i
     """Structural similarity of each frame (Wang et al., IEEE TIP 13(4), 2004), in float64.
 
     Gaussian window 11x11, sigma 1.5, K = (0.01, 0.03), values rounded to 0..255, valid region only, no downsampling,
-    negative contrast-structure terms set to 0. pyiqa's values differ by up to 1e-7: it keeps the window in float32.
+    negative contrast-structure terms set to 0. pyiqa's values differ by up to 1e-6: it keeps the window in float32.
 
     Args:
         pred_TCHW: restored frames, RGB in [0, 1].
