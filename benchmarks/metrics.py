@@ -123,9 +123,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - begun
 
 
-def show(name: str, seconds: list[float], frames: int) -> float:
+def show(name: str, seconds: list[float], count: int, what: str = "frame") -> float:
     middle = statistics.median(seconds)
-    print(f"  {name:20s} {middle:7.3f} s, {1000 * middle / frames:7.1f} ms a frame ({min(seconds):.3f} to {max(seconds):.3f})")
+    print(f"  {name:20s} {middle:7.3f} s, {1000 * middle / count:7.1f} ms a {what} ({min(seconds):.3f} to {max(seconds):.3f})")
     return middle
 
 
@@ -149,12 +149,12 @@ def compare(clips: dict[str, Path], frames: int, rounds: int) -> None:
     ratios = [slow / fast for slow, fast in zip(loop_seconds, own_seconds, strict=True)]
     print(f"  {statistics.median(ratios):.1f} times faster ({min(ratios):.1f} to {max(ratios):.1f})")
     read = {name: read_frames_TCHW(folder) for name, folder in clips.items()}
-    spent = {
-        "reading one clip": show("reading one clip", [timed(lambda: read_frames_TCHW(clips["pred"]))[1] for _ in range(rounds)], frames)
-    }
+    show("reading one clip", [timed(lambda: read_frames_TCHW(clips["pred"]))[1] for _ in range(rounds)], frames)
+    spent = {}
     for name in (*REFERENCE, *ALONE):
         inputs = [read["pred"]] + [read[key] for key in ("gt", "fp") if METRICS[name].facts["needs"] == key]
-        spent[name] = show(name, [timed(lambda name=name, inputs=inputs: METRICS[name](*inputs))[1] for _ in range(rounds)], frames)
+        seconds = [timed(lambda name=name, inputs=inputs: METRICS[name](*inputs))[1] for _ in range(rounds)]
+        spent[name] = show(name, seconds, frames, "frame") if name in REFERENCE else show(name, seconds, frames - 1, "pair")
     both = statistics.median(loop_seconds) + spent["ewarp_dis"], statistics.median(own_seconds) + spent["ewarp_dis"]
     print(f"  with ewarp_dis, the same code on both sides: {both[0] / both[1]:.1f} times faster")
 
