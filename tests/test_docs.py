@@ -141,3 +141,8 @@ def test_notice_names_every_source_of_data():
         assert word in notice
     photographs = notice.split("photographs: begin -->")[1].split("<!-- photographs: end")[0]
     assert "licence" in photographs
+
+
+def test_the_ablation_of_the_documents_is_the_committed_one():
+    text = (ROOT / "docs" / "ablation.md").read_text().split("<!-- ablation: begin -->\n")[1].split("<!-- ablation: end -->")[0]
+    assert text.strip() == (ROOT / "results" / "reference" / "ablation.md").read_text().strip(), "run the ablation, then make reference"
