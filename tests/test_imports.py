@@ -11,12 +11,13 @@ from qvsr.provenance import ROOT
 
 # From the bottom up; a module may import what stands in a lower row, and its own package.
 ROWS = (
-    ("qvsr", "qvsr.registry", "qvsr.progress", "qvsr.settings"),
+    ("qvsr", "qvsr.registry", "qvsr.progress", "qvsr.settings", "qvsr.statistics"),
     ("qvsr.method_settings",),
     ("qvsr.config", "qvsr.provenance"),
     ("qvsr.models", "qvsr.kernels", "qvsr.protocols"),
     ("qvsr.quant", "qvsr.data", "metrics"),
-    ("qvsr.quantvsr", "qvsr.results", "qvsr.plan", "qvsr.training"),
+    ("qvsr.quantvsr", "qvsr.plan", "qvsr.training"),
+    ("qvsr.results",),
     ("baselines", "qvsr.report"),
     ("qvsr.stages",),
     ("qvsr.cli",),
