@@ -177,6 +177,7 @@ def restore(
     method: MethodOption = "full_precision",
     bits: BitsOption = plan.UNQUANTIZED_BITS,
     checkpoint: Annotated[str, typer.Option(help="quantized checkpoint; empty for full_precision and bicubic")] = "",
+    seed: Annotated[int | None, typer.Option(min=0, help="of the noise alone; default: the configuration's")] = None,
     set_: SetOption = None,
 ) -> None:
     """Restore one clip: LQ frames to frames of four times the size."""
@@ -184,7 +185,7 @@ def restore(
     compute(resolved)
     from qvsr.stages import restore as stage
 
-    stage.run(resolved, method, bits, Path(checkpoint) if checkpoint else None, lq, out)
+    stage.run(resolved, method, bits, Path(checkpoint) if checkpoint else None, lq, out, seed)
 
 
 @app.command()

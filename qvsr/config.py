@@ -285,6 +285,9 @@ class Config(Settings):
     )
     training: TrainingSettings = TrainingSettings()
     seed: int = Field(42, description="of the noise and of every method's training")
+    seeds: tuple[int, ...] = Field(
+        (), description="noise seeds that every clip is restored with, `seed` among them; tables then have mean ± sd; none: `seed` alone"
+    )
     threads: int = Field(1, ge=1, description="torch threads of one job; fixed, since sums depend on it")
 
     @field_validator("bits")
@@ -305,6 +308,14 @@ class Config(Settings):
                 raise ValueError(f"{name!r} is listed {names.count(name)} times, once is needed")
         return names
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        for one in seeds:
+            if one < 0 or seeds.count(one) > 1:
+                raise ValueError(f"seed {one}: each is 0 or more and is listed once")
+        return seeds
+
     @field_validator("ablation")
     @classmethod
     def _rows_compare(cls, tables: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -320,6 +331,10 @@ class Config(Settings):
                 raise ValueError(suggest("dataset", name, self.datasets))
         if self.calibration.dataset in self.evaluate:
             raise ValueError(f"dataset {self.calibration.dataset!r} is both calibrated on and evaluated: use two")
+        if self.seeds and self.seed not in self.seeds:
+            raise ValueError(
+                f"seeds {list(self.seeds)} lack seed {self.seed}, which every method is trained with: add it, or set seed to one of them"
+            )
         return self
 
     def resolve_method(self, name: str) -> tuple[str, Settings | None]:

@@ -23,12 +23,14 @@ from qvsr.settings import Settings
 
 DEFAULT = Path("config/default.yaml")
 # What is not quantized but restored: what no network at all gives, and the network as it is.
-UNQUANTIZED = ("bicubic", "full_precision")
+BICUBIC = "bicubic"
+UNQUANTIZED = (BICUBIC, "full_precision")
 # Rows for orientation, in the order of tables and pictures; the ground truth is measured itself, since it too flickers.
 GROUND_TRUTH = "ground_truth"
 REFERENCES = (GROUND_TRUTH, *UNQUANTIZED)
 UNQUANTIZED_BITS = "W32A32"
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+SEED_SUFFIX = "-seed"  # behind a row's bits in the names of its folders, for noise of another seed than the run's
 
 
 def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config:
@@ -275,6 +277,16 @@ class Plan:
         """How a row was computed, as its results say."""
         return "external" if method in self.config.external else "simulated"
 
+    def suffixes(self, method: str) -> list[str]:
+        """Ends of a row's folders, one a noise seed: nothing for the run's own seed, which is the first."""
+        if method in (GROUND_TRUTH, BICUBIC, *self.config.external):  # no noise goes into them
+            return [""]
+        return ["", *(f"{SEED_SUFFIX}{seed}" for seed in self.config.seeds if seed != self.config.seed)]
+
+    def noise_seed(self, suffix: str) -> int:
+        """The seed that the end of a row's folder stands for."""
+        return int(suffix.removeprefix(SEED_SUFFIX)) if suffix else self.config.seed
+
     def clips(self, dataset: str) -> list[str]:
         """Names of a dataset's clips."""
         from qvsr.data.datasets import clip_names
@@ -307,26 +319,28 @@ class Plan:
         """Folders of frames that the comparison picture is made of."""
         return [self.frames(*self.picture(), method, bits) for method, bits in self.rows()]
 
-    def row_folder(self, dataset: str, method: str, bits: str) -> str:
-        """Folder of a row's clips; the ground truth's lie where the clips stage wrote them, and nowhere else."""
+    def row_folder(self, dataset: str, method: str, bits: str, suffix: str = "") -> str:
+        """Folder of a row's clips with one noise seed; the ground truth's lie where the clips stage wrote them, and nowhere else."""
         if method == GROUND_TRUTH:
             return str(self.output / "clips" / dataset / "GT")
-        return str(self.output / "restored" / dataset / f"{method}-{bits}")
+        return str(self.output / "restored" / dataset / f"{method}-{bits}{suffix}")
 
     def frames(self, dataset: str, clip: str, method: str, bits: str) -> str:
         """Folder of a row's frames of one clip."""
         return f"{self.row_folder(dataset, method, bits)}/{clip}"
 
-    def row_frames(self, dataset: str, method: str, bits: str = UNQUANTIZED_BITS) -> list[str]:
-        """Folders of a row's frames, clip by clip."""
-        return [self.frames(dataset, clip, method, bits) for clip in self.clips(dataset)]
+    def row_frames(self, dataset: str, method: str, bits: str = UNQUANTIZED_BITS, suffix: str = "") -> list[str]:
+        """Folders of a row's frames with one noise seed, clip by clip."""
+        folder = self.row_folder(dataset, method, bits, suffix)
+        return [f"{folder}/{clip}" for clip in self.clips(dataset)]
 
     def measured(self, rows: Sequence[tuple[str, str]] | None = None) -> list[str]:
-        """Result files of rows, one a data set, by default of the tables' rows."""
+        """Result files of rows, one a data set and noise seed, by default of the tables' rows."""
         return [
-            str(self.output / "measured" / dataset / f"{method}-{bits}.jsonl")
+            str(self.output / "measured" / dataset / f"{method}-{bits}{suffix}.jsonl")
             for method, bits in (self.rows() if rows is None else rows)
             for dataset in self.config.evaluate
+            for suffix in self.suffixes(method)
         ]
 
     def checkpoint(self, method: str, bits: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Result rows: one JSON line for each clip and metric; writing, reading, and the mean over clips with its interval.
+"""Result rows: one JSON line for each clip and metric; writing, reading, and the mean over seeds and clips with its interval.
 
 Infinite values (PSNR of identical frames) are kept, never replaced by a large number: JSON holds the string "inf", a mean
 that contains one is inf, and it has no interval. NaN is refused when a row is made, so no mean can hide one.
@@ -10,13 +10,15 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
+from qvsr.plan import BICUBIC, GROUND_TRUTH
 from qvsr.protocols import Protocol
 from qvsr.provenance import atomic_path
 from qvsr.registry import METRICS
@@ -25,7 +27,7 @@ from qvsr.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEVEL = 0.95  # of the intervals
+NOISELESS = (GROUND_TRUTH, BICUBIC)  # rows that no noise goes into
 
 
 class ResultError(ValueError):
@@ -203,7 +205,15 @@ def read(*paths: str | Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric of a method over the clips of a data set."""
+    """A metric of a method over the clips of a data set.
+
+    Attributes:
+        value: None where it is missing.
+        missing: why.
+        seeds: of the noise, over which a clip's value is the mean.
+        seed_sd: standard deviation over the seeds of the mean over clips; None for one seed.
+        interval: how the interval was made, a key of `qvsr.statistics.NAMES`; empty where there is none.
+    """
 
     backbone: str
     dataset: str
@@ -219,79 +229,132 @@ class Summary:
     signature: str
     limit: int | None
     missing: str = ""
+    seeds: int = 1
+    seed_sd: float | None = None
+    interval: str = ""
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % Student-t interval of the mean over clips (frames of a clip are not independent, clips are taken to be).
-
-    Returns:
-        (low, high), or (None, None) for fewer than two values or an infinite one.
-
-    >>> [round(bound, 4) for bound in interval([1.0, 2.0, 3.0])]  # 2 -+ 4.3027 / sqrt(3)
-    [-0.4841, 4.4841]
-    """
-    n = len(values)
-    if n < 2 or not all(math.isfinite(v) for v in values):
-        return None, None
-    from scipy.stats import t  # 0.5 s to import
-
-    center = mean(values)
-    variance = math.fsum((v - center) ** 2 for v in values) / (n - 1)
-    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * math.sqrt(variance / n)
-    return center - half, center + half
+Key = tuple[str, str, str, str, str, str]  # backbone, data set, method, bits, execution, metric
+Group = dict[str, dict[int, Row]]  # by clip and seed
 
 
-def aggregate(rows: Iterable[Row]) -> list[Summary]:
-    """Mean over clips of each (backbone, data set, method, bits, execution, metric), sorted; the order of the rows does not matter.
+def grouped(rows: Iterable[Row]) -> dict[Key, Group]:
+    """Rows that have a common mean, sorted by what they are of and by clip; the order of the rows does not matter.
 
-    Nothing is dropped: every method must have every clip.
+    Nothing is dropped: every method must have every clip, and every clip every seed. What the noise does not reach (ground truth, bicubic,
+    frames of another program) has one seed.
 
     Raises:
-        ResultError: no rows; a clip twice; a clip that one method has and another lacks; rows of several seeds, signatures,
-            limits or lengths of a clip under one mean.
+        ResultError: no rows; a clip twice; a clip or seed that one method has and another lacks; rows of several signatures, limits or
+            lengths of a clip under one mean.
     """
-    groups: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    groups: dict[Key, Group] = {}
     clips: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for row in rows:
         key = (row.backbone, row.dataset, row.method, row.bits, row.execution, row.metric)
-        if row.clip in groups[key]:
+        by_seed = groups.setdefault(key, {}).setdefault(row.clip, {})
+        if row.seed in by_seed:
             raise ResultError(f"{describe(key)}: clip {row.clip} is there twice; one file a clip and method, delete the other")
-        groups[key][row.clip] = row
+        by_seed[row.seed] = row
         frames = clips[row.backbone, row.dataset].setdefault(row.clip, row.frames)
         if frames != row.frames:
             raise ResultError(f"{describe(key)}: clip {row.clip} has {row.frames} frames, elsewhere {frames}; restore and measure it again")
     if not groups:
         raise ResultError("no result rows; measure something first")
-    return sorted((_summary(key, by_clip, clips[key[0], key[1]]) for key, by_clip in groups.items()), key=lambda s: key_of(s))
+    noisy: dict[tuple[str, str], tuple[int, ...]] = {}
+    for key in sorted(groups):
+        groups[key] = {clip: groups[key][clip] for clip in sorted(groups[key])}
+        _check_group(key, groups[key], clips[key[0], key[1]])
+        seeds = seeds_of(groups[key])
+        expected = noisy.setdefault((key[0], key[1]), seeds) if key[2] not in NOISELESS and key[4] != "external" else seeds
+        if seeds != expected:
+            raise ResultError(
+                f"{describe(key)}: {_seeds(seeds)}, another method has {_seeds(expected)}; restore and measure all with the same"
+            )
+    return {key: groups[key] for key in sorted(groups)}
 
 
-def key_of(summary: Summary) -> tuple[str, ...]:
+def _check_group(key: Key, group: Group, expected: Mapping[str, int]) -> None:
+    missing = sorted(set(expected) - set(group))
+    if missing:
+        raise ResultError(
+            f"{describe(key)}: no value for clip {', '.join(missing)}, which others have; nothing is left out of a mean, measure it"
+        )
+    for what in ("signature", "limit"):
+        found = sorted({str(getattr(row, what)) for by_seed in group.values() for row in by_seed.values()})
+        if len(found) > 1:
+            raise ResultError(f"{describe(key)}: rows of more than one {what}: {found[0]} and {found[1]}; they have no common mean")
+    first = next(iter(group))
+    for clip, by_seed in group.items():
+        if set(by_seed) != set(group[first]):
+            raise ResultError(
+                f"{describe(key)}: clip {first} has {_seeds(sorted(group[first]))}, clip {clip} {_seeds(sorted(by_seed))}; "
+                "restore and measure all with the same"
+            )
+
+
+def seeds_of(group: Group) -> tuple[int, ...]:
+    """The noise seeds of a group, which are those of each clip."""
+    return tuple(sorted(next(iter(group.values()))))
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+
+
+def by_clip(group: Group) -> dict[str, float | None]:
+    """A value for each clip: the mean over its seeds; None where one is missing."""
+    found: dict[str, float | None] = {}
+    for clip, by_seed in group.items():
+        values = [row.value for row in by_seed.values() if row.value is not None]
+        found[clip] = mean(values) if len(values) == len(by_seed) else None
+    return found
+
+
+def key_of(summary: Summary) -> Key:
     """What identifies a summary."""
     return (summary.backbone, summary.dataset, summary.method, summary.bits, summary.execution, summary.metric)
 
 
 def describe(key: Sequence[str]) -> str:
     backbone, dataset, method, bits, execution, metric = key
-    return f"{dataset}, {method} {bits} ({backbone}, {execution}), {metric}"
+    where = ", ".join(filter(None, (dataset, f"{method} {bits}".strip())))  # what `measure` gets by itself has no names
+    return f"{where} ({backbone}, {execution}), {metric}".lstrip()
 
 
-def _summary(key: tuple[str, ...], by_clip: dict[str, Row], expected: dict[str, int]) -> Summary:
-    missing = sorted(set(expected) - set(by_clip))
-    if missing:
-        raise ResultError(
-            f"{describe(key)}: no value for clip {', '.join(missing)}, which others have; nothing is left out of a mean, measure it"
-        )
-    for what in ("signature", "seed", "limit"):
-        found = sorted({str(getattr(row, what)) for row in by_clip.values()})
-        if len(found) > 1:
-            raise ResultError(f"{describe(key)}: rows of more than one {what}: {found[0]} and {found[1]}; they have no common mean")
-    rows = [by_clip[clip] for clip in sorted(by_clip)]
-    backbone, dataset, method, bits, execution, metric = key
-    frames, missing = sum(row.frames for row in rows), next((row.missing for row in rows if row.missing), "")
-    value, (low, high) = None, (None, None)
+def aggregate(rows: Iterable[Row]) -> list[Summary]:
+    """Mean over the seeds of a clip, then over clips, of each (backbone, data set, method, bits, execution, metric), sorted.
+
+    Raises:
+        ResultError: as :func:`grouped`.
+    """
+    return [_summary(key, group) for key, group in grouped(rows).items()]
+
+
+def _summary(key: Key, group: Group) -> Summary:
+    from qvsr import statistics  # here, since measuring does not depend on it
+
+    seeds = seeds_of(group)
+    rows = [by_seed[seeds[0]] for by_seed in group.values()]
+    missing = next((row.missing for by_seed in group.values() for row in by_seed.values() if row.missing), "")
+    values = [value for value in by_clip(group).values() if value is not None]
+    value, within, seed_sd = None, statistics.Interval(), None
     if not missing:
-        values = [row.value for row in rows if row.value is not None]
-        value, (low, high) = mean(values), interval(values)
+        value, within = mean(values), statistics.interval(values)
+        if len(seeds) > 1 and math.isfinite(value):
+            of_seed = [[by_seed[seed].value for by_seed in group.values()] for seed in seeds]
+            seed_sd = stdev(mean([value for value in clips if value is not None]) for clips in of_seed)
     return Summary(
-        backbone, dataset, method, bits, execution, metric, value, low, high, len(rows), frames, rows[0].signature, rows[0].limit, missing
+        *key,
+        value=value,
+        low=within.low,
+        high=within.high,
+        clips=len(rows),
+        frames=sum(row.frames for row in rows),
+        signature=rows[0].signature,
+        limit=rows[0].limit,
+        missing=missing,
+        seeds=len(seeds),
+        seed_sd=seed_sd,
+        interval=within.kind,
     )

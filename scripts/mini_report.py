@@ -230,6 +230,7 @@ def ablation(config: Config, folder: Path) -> tuple[DataFrame, dict[str, float]]
     from metrics.ssim_gradient import gradient_magnitude
     from qvsr import protocols, results
     from qvsr.models.pipeline import bicubic_upscale, to_uint8
+    from qvsr.statistics import interval
 
     pairs, protocol = read_pairs(config, folder), protocols.read(config.protocol)
     rows: dict[str, Callable[[], Iterable[Tensor]]] = {
@@ -254,9 +255,9 @@ def ablation(config: Config, folder: Path) -> tuple[DataFrame, dict[str, float]]
     table = []
     for name, clips in by_clip.items():
         changes = [clip["psnr"] - full["psnr"] for clip, full in zip(clips, by_clip[FULL], strict=True)]
-        low, high = results.interval(changes)
+        within = interval(changes)
         means = {key: results.mean([clip[key] for clip in clips]) for key in clips[0]}
-        table.append({"row": name, **means, "psnr_change": results.mean(changes), "change_low": low, "change_high": high})
+        table.append({"row": name, **means, "psnr_change": results.mean(changes), "change_low": within.low, "change_high": within.high})
     model = [variant.name for variant in variants(config)]
     return pd.DataFrame(table).astype({"change_low": float, "change_high": float}), {name: seconds[name] for name in model}
 

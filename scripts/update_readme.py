@@ -5,6 +5,7 @@ python scripts/update_readme.py --keys    only the table of settings in config/R
 """
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def main_table(metrics: str) -> str:
         inside = line.startswith("- Signatures:") or (inside and line.startswith("  "))
         if not inside:
             shown.append(f"**{line.removeprefix('### ')}**" if line.startswith("### ") else line)
-    return "\n".join(shown).strip().replace("](fairness.md)", f"]({REFERENCE.relative_to(ROOT)}/fairness.md)")
+    return re.sub(r"\]\((\w+\.md)\)", rf"]({REFERENCE.relative_to(ROOT).as_posix()}/\1)", "\n".join(shown).strip())
 
 
 def main() -> None:

@@ -17,14 +17,17 @@ from qvsr.report.tables import (
     Style,
     bits_order,
     csv_text,
-    escape_around_math,
+    kinds,
+    latex_prose,
     latex_table,
     markdown_table,
     metric_column,
+    missing_notes,
     number,
     plural,
 )
-from qvsr.results import Row, interval, mean
+from qvsr.results import Row, by_clip, grouped, mean
+from qvsr.statistics import Interval, interval
 
 COLUMNS = (
     "table", "backbone", "dataset", "bits", "row", "method", "settings", "weight_bits", "act_bits", "metric", "value",
@@ -45,14 +48,15 @@ class Variant:
 class Value:
     """A metric of one row: mean over clips, and the mean paired difference to the table's first row with its 95 % interval.
 
-    The difference is None where a value is infinite, the interval also where there is one clip or the row is the first itself.
+    The value is None where it is missing, the difference also where a value is infinite, the interval also where there is one clip or the
+    row is the first itself.
     """
 
-    value: float
+    value: float | None
     change: float | None
-    low: float | None
-    high: float | None
+    within: Interval
     clips: int
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,13 @@ def differing(variants: Sequence[Variant]) -> tuple[str, ...]:
     return tuple(key for key in keys if len({json.dumps(v.settings[key]) for v in variants if key in v.settings}) > 1)
 
 
-def compare(values: Mapping[str, float], first: Mapping[str, float]) -> Value:
+def compare(values: Mapping[str, float | None], first: Mapping[str, float | None], missing: str = "") -> Value:
     """A row's values by clip beside those of the first row."""
-    own = [values[clip] for clip in sorted(first)]
-    changes = [values[clip] - first[clip] for clip in sorted(first)]
-    finite = all(math.isfinite(change) for change in changes)
-    low, high = interval(changes) if finite and values is not first else (None, None)
-    return Value(mean(own), mean(changes) if finite else None, low, high, len(own))
+    own = [value for value in values.values() if value is not None]
+    changes = [values[clip] - first[clip] for clip in first if values[clip] is not None and first[clip] is not None]
+    finite = len(changes) == len(first) and all(math.isfinite(change) for change in changes)
+    within = interval(changes) if finite and values is not first else Interval()
+    return Value(mean(own) if len(own) == len(values) else None, mean(changes) if finite else None, within, len(values), missing)
 
 
 def build(
@@ -103,15 +107,17 @@ def build(
         variants: what the names stand for.
         rows: of all clips of all named rows.
     """
-    by_clip: dict[tuple[str, str, str, str, str], dict[str, float]] = {}
-    for row in rows:
-        by_clip.setdefault((row.backbone, row.dataset, row.bits, row.method, row.metric), {})[row.clip] = row.value
-    places = sorted({key[:3] for key in by_clip}, key=lambda place: (*place[:2], bits_order(place[2])))
+    clips, missing = {}, {}
+    for (backbone, dataset, method, bits, _, metric), group in grouped(rows).items():
+        clips[backbone, dataset, bits, method, metric] = by_clip(group)
+        reasons = [row.missing for by_seed in group.values() for row in by_seed.values() if row.missing]
+        missing[backbone, dataset, bits, method, metric] = next(iter(reasons), "")
+    places = sorted({key[:3] for key in clips}, key=lambda place: (*place[:2], bits_order(place[2])))
     tables = []
     for title, names in ablation.items():
         for place in places:
             values = {
-                (name, metric): compare(by_clip[*place, name, metric], by_clip[*place, names[0], metric])
+                (name, metric): compare(clips[*place, name, metric], clips[*place, names[0], metric], missing[*place, name, metric])
                 for name in names
                 for metric in metrics
             }
@@ -151,7 +157,7 @@ def to_csv(
                 value = table.values[name, metric]
                 cells = [table.title, table.backbone, table.dataset, table.bits, name, variants[name].method, json.dumps(own)]
                 cells += [f"{card.weight_bits:.6f}", f"{card.act_bits:.6f}", metric]
-                cells += ["" if one is None else repr(one) for one in (value.value, value.change, value.low, value.high)]
+                cells += ["" if one is None else repr(one) for one in (value.value, value.change, value.within.low, value.within.high)]
                 lines.append([*cells, str(value.clips)])
     return csv_text(COLUMNS, lines)
 
@@ -164,7 +170,7 @@ def to_markdown(
     for table in tables:
         parts += [f"### {table.title}", "", f"{_place(table)}", ""]
         parts += [*markdown_table(_cells(table, variants, cards, metrics, MARKDOWN), 1), ""]
-    return "\n".join([*parts, *(f"- {note}" for note in _notes(metrics)), ""])
+    return "\n".join([*parts, *(f"- {note}" for note in _notes(tables, metrics)), ""])
 
 
 def to_latex(
@@ -173,7 +179,7 @@ def to_latex(
     """The same for LaTeX with booktabs."""
     parts = []
     for index, table in enumerate(tables):
-        caption = escape_around_math(f"{table.title}. {_place(table)}. {' '.join(_notes(metrics))}")
+        caption = latex_prose(f"{table.title}. {_place(table)}. {' '.join(_notes(tables, metrics))}")
         parts += [*latex_table(_cells(table, variants, cards, metrics, LATEX_STYLE), 1, caption, f"tab:ablation-{index + 1}"), ""]
     return "\n".join(parts)
 
@@ -182,12 +188,15 @@ def _place(table: Table) -> str:
     return f"{table.bits}, {table.dataset}, {table.backbone}: {plural(next(iter(table.values.values())).clips, 'clip')}"
 
 
-def _notes(metrics: Sequence[str]) -> list[str]:
+def _notes(tables: Sequence[Table], metrics: Sequence[str]) -> list[str]:
+    values = [(metric, value) for table in tables for (_, metric), value in table.values.items()]
+    made = kinds(value.within.kind for _, value in values)
     return [
         "Each table names the settings in which its rows differ; all others are those of the configuration.",
         "Effective W bits: what is stored for the quantized layers (integers, scales, zero points, signs, branch) by the number of their weights; "
         "A bits: the mean over layers, weighted by their multiply-accumulates.",
-        f"The last column is the mean over clips of the difference to the first row in {_shown(metrics)}, with its 95 % Student-t interval (paired by clip).",
+        f"The last column is the mean over clips of the difference to the first row in {_shown(metrics)}, with its 95 % {made} interval (paired by clip).",
+        *missing_notes((metric, value.missing) for metric, value in values),
     ]
 
 
@@ -216,7 +225,8 @@ def _cells(
 def _change(value: Value, digits: int) -> str:
     if value.change is None:
         return "–"
-    between = "" if value.low is None or value.high is None else f" ({value.low:+.{digits}f} to {value.high:+.{digits}f})"
+    low, high = value.within.low, value.within.high
+    between = "" if low is None or high is None else f" ({low:+.{digits}f} to {high:+.{digits}f})"
     return f"{value.change:+.{digits}f}{between}"
 
 

@@ -175,6 +175,8 @@ def by_bits(path: Path, rows: Iterable[Row], metric: str = "psnr_fp", methods: S
     drawn = [row for row in rows if row.metric == metric and row.method not in REFERENCES and row.bits != UNQUANTIZED_BITS]
     if not drawn:
         raise FigureError(f"no {metric} of a quantized method among the results; add {metric} to metrics and measure")
+    if all(row.missing for row in drawn):
+        raise FigureError(f"{metric} has no value to draw: {drawn[0].missing}")
     summaries = ordered(drawn, methods)
     datasets = list(dict.fromkeys((s.backbone, s.dataset) for s in summaries))
     names = sorted({s.method for s in summaries}, key=lambda name: row_order(name, "", methods))
@@ -185,7 +187,9 @@ def by_bits(path: Path, rows: Iterable[Row], metric: str = "psnr_fp", methods: S
         for axes, (backbone, dataset) in zip(grid[0], datasets, strict=True):
             own = [s for s in summaries if (s.backbone, s.dataset) == (backbone, dataset)]
             _draw_lines(axes, own, names, levels)
-            limit = f", limit={own[0].limit}" if own[0].limit is not None else ""
+            limit = (f", {own[0].seeds} seeds" if own[0].seeds > 1 else "") + (
+                f", limit={own[0].limit}" if own[0].limit is not None else ""
+            )
             bars = "; bars: 95 % interval" if own[0].clips > 1 else ""
             axes.set_title(f"{dataset} ({plural(own[0].clips, 'clip')}{limit}{bars})", loc="left", fontsize=9)
         unit = METRICS[metric].facts["unit"]
@@ -201,10 +205,12 @@ def _draw_lines(axes: Axes, summaries: Sequence[Summary], names: Sequence[str], 
     for index, name in enumerate(names):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         dodge = 0.07 * (index - (len(names) - 1) / 2)  # intervals of several methods do not hide each other
-        own = sorted((s for s in summaries if s.method == name and math.isfinite(s.value)), key=lambda s: levels.index(s.bits))
-        if not own:
+        valued = [(s, s.value) for s in summaries if s.method == name and s.value is not None and math.isfinite(s.value)]
+        valued.sort(key=lambda pair: levels.index(pair[0].bits))
+        if not valued:
             continue
-        x, y = [levels.index(s.bits) + dodge for s in own], [s.value for s in own]
+        own, y = [s for s, _ in valued], [value for _, value in valued]
+        x = [levels.index(s.bits) + dodge for s in own]
         axes.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=4.5, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
         for at, s in zip(x, own, strict=True):
             if s.low is not None and s.high is not None:

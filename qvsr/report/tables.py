@@ -22,9 +22,26 @@ from qvsr.quant.cost import Cost
 from qvsr.registry import METRICS
 from qvsr.results import Row, Summary, aggregate
 from qvsr.settings import Settings
+from qvsr.statistics import NAMES
 
 OWN = ("quantvsr",)  # the method that the others are compared with comes last in its block
-METRIC_COLUMNS = ("backbone", "dataset", "method", "bits", "execution", "metric", "value", "low", "high", "clips", "frames", "signature")
+METRIC_COLUMNS = (
+    "backbone",
+    "dataset",
+    "method",
+    "bits",
+    "execution",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "clips",
+    "frames",
+    "signature",
+    "seeds",
+    "seed_sd",
+    "interval",
+)
 COST_COLUMNS = (
     "method",
     "bits",
@@ -78,6 +95,7 @@ class Style:
     up: str
     down: str
     infinite: str
+    between: str  # a mean and its standard deviation
     unit: int  # index into UNITS' pairs
 
 
@@ -95,8 +113,12 @@ def markdown_escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-MARKDOWN = Style(markdown_escape, "**{}**".format, "*{}*".format, "↑", "↓", "inf", 0)
-LATEX_STYLE = Style(latex_escape, r"\textbf{{{}}}".format, r"\emph{{{}}}".format, r"$\uparrow$", r"$\downarrow$", r"$\infty$", 1)
+MARKDOWN = Style(markdown_escape, "**{}**".format, "*{}*".format, "↑", "↓", "inf", " ± ", 0)
+LATEX_STYLE = Style(
+    latex_escape, r"\textbf{{{}}}".format, r"\emph{{{}}}".format, r"$\uparrow$", r"$\downarrow$", r"$\infty$", r" $\pm$ ", 1
+)
+MISSING = "n/a"
+SYMBOLS = {"↑": LATEX_STYLE.up, "↓": LATEX_STYLE.down, "±": r"$\pm$", "×": r"$\times$", "−": "$-$", "⁻³": "$^{-3}$"}
 
 
 def bits_order(bits: str) -> tuple[int, ...]:
@@ -118,8 +140,10 @@ def metric_order(names: Iterable[str], wanted: Sequence[str] = ()) -> list[str]:
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
-def number(value: float, digits: int, style: Style = MARKDOWN) -> str:
-    """A value as printed in wide tables."""
+def number(value: float | None, digits: int, style: Style = MARKDOWN) -> str:
+    """A value as printed in wide tables; n/a where there is none."""
+    if value is None:
+        return MISSING
     return style.infinite if math.isinf(value) else f"{value:.{digits}f}"
 
 
@@ -127,7 +151,14 @@ def number(value: float, digits: int, style: Style = MARKDOWN) -> str:
 
 
 def ordered(rows: Iterable[Row], methods: Sequence[str] = (), metrics: Sequence[str] = ()) -> list[Summary]:
-    """Means over clips in the order of the tables."""
+    """Means over clips in the order of the tables.
+
+    Args:
+        rows: of all clips and methods, in any order.
+        methods, metrics: the order of rows and columns; default: by name, as registered.
+    Raises:
+        qvsr.results.ResultError: rows that must not be averaged, such as a method without one of the clips.
+    """
     summaries = aggregate(rows)
     names = metric_order((s.metric for s in summaries), metrics)
     return sorted(
@@ -137,12 +168,12 @@ def ordered(rows: Iterable[Row], methods: Sequence[str] = (), metrics: Sequence[
 
 
 def metrics_csv(summaries: Sequence[Summary]) -> str:
-    """Long and tidy, one line a metric; full precision of the numbers, empty where there is no interval."""
+    """Long and tidy, one line a metric; full precision of the numbers, empty where there is none."""
 
     def cell(value: object) -> str:
         return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
-    lines = [[cell(getattr(s, column)) for column in METRIC_COLUMNS[:-1]] + [signature(s)] for s in summaries]
+    lines = [[cell(signature(s) if column == "signature" else getattr(s, column)) for column in METRIC_COLUMNS] for s in summaries]
     return csv_text(METRIC_COLUMNS, lines)
 
 
@@ -152,15 +183,19 @@ def signature(summary: Summary) -> str:
 
 
 def metrics_markdown(
-    summaries: Sequence[Summary], notes: Sequence[str] = (), settings: Mapping[tuple[str, str], RowSetting] | None = None
+    summaries: Sequence[Summary],
+    notes: Sequence[str] = (),
+    settings: Mapping[tuple[str, str], RowSetting] | None = None,
+    links: Sequence[str] = (),
 ) -> str:
-    """Wide tables, one a data set, with footnotes (ours, then `notes`) and signatures; see :func:`write_metrics`."""
+    """Wide tables, one a data set, with links, footnotes (ours, then `notes`) and signatures; see :func:`write_metrics`."""
     parts = []
     for group in _by_dataset(summaries):
         table = _wide(group, MARKDOWN, settings or {})
         parts += [f"### {_heading(group)}", "", *markdown_table(table, 3 if settings else 2), ""]
         if settings:
             parts += [f"[Fairness card]({CARD}): ranges, calibration, training, side branch and effective bits of each method.", ""]
+        parts += [line for link in links for line in (link, "")]
         parts += [f"- {line}" for line in (*_footnotes(group, settings or {}), *notes)]
         parts += ["- Signatures:", *(f"  - `{line}`" for line in _signatures(group)), ""]
     return "\n".join(parts)
@@ -172,13 +207,24 @@ def metrics_latex(
     """The same tables for LaTeX with booktabs; a block of lines for each bits, signatures as comments."""
     parts = []
     for group in _by_dataset(summaries):
-        below = " ".join((*_footnotes(group, settings or {}), *notes)).replace("↑", LATEX_STYLE.up).replace("↓", LATEX_STYLE.down)
-        caption = escape_around_math(f"{_heading(group)}. {below}")
+        caption = latex_prose(f"{_heading(group)}. {' '.join((*_footnotes(group, settings or {}), *notes))}")
         parts += [f"% {line}" for line in _signatures(group)]
         wide = _wide(group, LATEX_STYLE, settings or {})
         parts += latex_table(wide, 3 if settings else 2, caption, f"tab:metrics-{group[0].dataset}")
         parts.append("")
     return "\n".join(parts)
+
+
+def latex_prose(text: str) -> str:
+    """A note in plain text, with our few symbols, for LaTeX; unlike :func:`escape_around_math` it takes any text, a `$` too.
+
+    >>> print(latex_prose("$HOME: 1 ± 2, ↑"))
+    \\$HOME: 1 $\\pm$ 2, $\\uparrow$
+    """
+    text = latex_escape(text)
+    for symbol, command in SYMBOLS.items():
+        text = text.replace(symbol, command)
+    return text
 
 
 def escape_around_math(text: str) -> str:
@@ -187,26 +233,22 @@ def escape_around_math(text: str) -> str:
 
 def write_metrics(
     folder: Path,
-    rows: Iterable[Row],
-    methods: Sequence[str] = (),
-    metrics: Sequence[str] = (),
+    summaries: Sequence[Summary],
     notes: Sequence[str] = (),
     settings: Mapping[tuple[str, str], RowSetting] | None = None,
+    links: Sequence[str] = (),
 ) -> None:
     """Write metrics.csv, metrics.md and metrics.tex into a folder.
 
     Args:
-        rows: of all clips and methods, in any order.
-        methods, metrics: the order of rows and columns; default: by name, as registered.
+        summaries: in the order of the tables, of :func:`ordered`.
         notes: more footnotes.
         settings: how each (method, bits) was run, a column of the wide tables; None leaves it and the link to the fairness card out.
-    Raises:
-        qvsr.results.ResultError: rows that must not be averaged, such as a method without one of the clips.
+        links: lines of Markdown below each table, to the files beside it.
     """
-    summaries = ordered(rows, methods, metrics)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").write_text(metrics_csv(summaries), encoding="utf-8")
-    (folder / "metrics.md").write_text(metrics_markdown(summaries, notes, settings), encoding="utf-8")
+    (folder / "metrics.md").write_text(metrics_markdown(summaries, notes, settings, links), encoding="utf-8")
     (folder / "metrics.tex").write_text(metrics_latex(summaries, notes, settings), encoding="utf-8")
 
 
@@ -232,7 +274,13 @@ def _footnotes(group: Sequence[Summary], settings: Mapping[tuple[str, str], RowS
     notes = [
         "↑ higher is better, ↓ lower is better. Bold: best of the methods at the same bits; the rows above them are there for orientation.",
         f"A value is the mean over the frames of a clip, then over {plural(first.clips, 'clip')}; "
-        + ("metrics.csv has the 95 % Student-t intervals over clips." if first.clips > 1 else "one clip gives no interval."),
+        + (
+            f"metrics.csv has the 95 % {kinds(s.interval for s in group)} intervals over clips."
+            if first.clips > 1
+            else "one clip gives no interval."
+        ),
+        *_seed_note(group),
+        *missing_notes((s.metric, s.missing) for s in group),
     ]
     if any(METRICS[s.metric].facts["needs"] == "fp" for s in group):
         notes.append("Metrics ending in _fp compare with the output of full_precision, which is identical to itself (inf, 1).")
@@ -253,6 +301,39 @@ def _footnotes(group: Sequence[Summary], settings: Mapping[tuple[str, str], RowS
     if first.limit is not None:
         notes.append(f"limit={first.limit}: only the first clips of the data set were used; not a result to quote.")
     return notes
+
+
+def kinds(found: Iterable[str]) -> str:
+    """Names of the kinds of intervals that were found.
+
+    >>> kinds(["t", "", "bca", "t"])
+    'BCa bootstrap or Student-t'
+    """
+    return " or ".join(NAMES[kind] for kind in sorted(set(found)) if kind) or NAMES["t"]
+
+
+def missing_notes(found: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for each reason why values are missing, with the metrics that it concerns.
+
+    Args:
+        found: (metric, reason); an empty reason is none.
+    """
+    metrics: dict[str, dict[str, None]] = {}
+    for metric, reason in found:
+        if reason:
+            metrics.setdefault(reason, {})[metric] = None
+    return [f"{MISSING} in {', '.join(names)}: {reason}" for reason, names in metrics.items()]
+
+
+def _seed_note(group: Sequence[Summary]) -> list[str]:
+    most = max(s.seeds for s in group)
+    if most == 1:
+        return []
+    note = f"±: standard deviation over {most} seeds of the noise, of the mean over clips; before that mean, a clip's value is its mean over the seeds."
+    single = list(dict.fromkeys(s.method for s in group if s.seeds == 1))
+    if single:
+        note += f" Frames of {', '.join(single)} have one: their _fp metrics compare with full_precision of the run's own seed."
+    return [note]
 
 
 def reduced_note(method: str, setting: RowSetting) -> str:
@@ -309,12 +390,14 @@ def _cell(summary: Summary | None, rivals: Sequence[dict[str, Summary]], method:
     if summary is None:
         return "–"
     facts = METRICS[name].facts
-    text = number(summary.value, facts["digits"], style)
-    if method in REFERENCES:
-        return text
-    printed = [float(number(rival[name].value, facts["digits"])) for rival in rivals if name in rival]
+    digits = facts["digits"]
+    text = number(summary.value, digits, style)
+    spread = f"{style.between}{summary.seed_sd:.{digits}f}" if summary.seed_sd is not None else ""
+    if method in REFERENCES or summary.value is None:
+        return text + spread
+    printed = [float(number(rival[name].value, digits)) for rival in rivals if name in rival and rival[name].value is not None]
     best = max(printed) if facts["higher_is_better"] else min(printed)
-    return style.bold(text) if len(printed) > 1 and float(number(summary.value, facts["digits"])) == best else text
+    return (style.bold(text) if len(printed) > 1 and float(number(summary.value, digits)) == best else text) + spread
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost

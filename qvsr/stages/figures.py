@@ -20,13 +20,14 @@ def run(config: Config, measured: Sequence[Path], out: Path) -> None:
     from qvsr.report.figures import by_bits, comparison
 
     rows = results.read(*measured)
-    shown = "psnr_fp" if "psnr_fp" in config.metrics else config.metrics[0]
+    valued = {row.metric for row in rows if row.value is not None}
+    shown = next((name for name in ("psnr_fp", *config.metrics) if name in config.metrics and name in valued), None)
     with atomic_path(out) as partial:
         partial.mkdir()
         dataset, clip = plan.Plan(config).picture()
         panels, frame = comparison_panels(config, rows, dataset, clip)
         comparison(partial / "comparison.png", panels, caption=f"{dataset}/{clip}, frame {frame}")
-        if plan.Plan(config).quantized():
+        if shown is not None and plan.Plan(config).quantized():
             by_bits(partial / f"{shown}.png", rows, shown, config.methods)
 
 
@@ -39,6 +40,7 @@ def comparison_panels(config: Config, rows: Sequence[results.Row], dataset: str,
     from qvsr.report.figures import Panel, frame_value, lowest_bits
 
     run, lowest, panels = plan.Plan(config), lowest_bits(config.bits), []
+    rows = [row for row in rows if row.seed == config.seed]  # that of the frames which are shown
     for method, bits in run.rows():
         if bits not in (plan.UNQUANTIZED_BITS, lowest):
             continue

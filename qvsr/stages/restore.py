@@ -19,7 +19,7 @@ class RestoreStageError(ValueError):
     """What was asked for does not fit together; the message says what would."""
 
 
-def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Path, out: Path) -> None:
+def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Path, out: Path, seed: int | None = None) -> None:
     """Restore one clip.
 
     Args:
@@ -28,6 +28,7 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
         checkpoint: quantized U-Net written by the quantize stage.
         lq: clip folder of LQ frames.
         out: clip folder to write.
+        seed: of the noise; None: the configuration's.
     """
     import torch
 
@@ -54,9 +55,8 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
                 raise RestoreStageError(f"{checkpoint} is {header['method']} {header['bits']}, not {method} {bits}")
             backbone = replace(backbone, unet=cast("InflatedUNet", quantized.load(checkpoint, backbone.unet)))
         flow = estimator(config.sampling.flow, config.backbone.flow_weights)
+        noise = KeyedNoise(config.seed if seed is None else seed, name)
         with progress(f"restore {name} {method} {bits}") as report:
-            pieces = list(
-                restore_segments(backbone, frames_TCHW, config.sampling, KeyedNoise(config.seed, name), flow, progress=report, clip=name)
-            )
+            pieces = list(restore_segments(backbone, frames_TCHW, config.sampling, noise, flow, progress=report, clip=name))
     frames_THWC = torch.cat([to_uint8(piece, config.sampling.rounding) for piece in pieces]).numpy()
     clips.write_clip(out, frames_THWC, {"source": name, "fps": source.info.get("fps"), "method": method, "bits": bits})

@@ -1,4 +1,4 @@
-"""The tables of a run: metrics, cost and fairness card of every row, as csv, Markdown and LaTeX."""
+"""The tables of a run: metrics, comparisons, cost and fairness card of every row, as csv, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         benchmarks: folder with ``{method}-{bits}.tsv`` of what quantizing took, as Snakemake writes them; None or without a file: not measured.
     """
     from qvsr.quant.cost import cost
+    from qvsr.report import comparisons
     from qvsr.report.fairness import Measured, fairness, read_benchmark, write_fairness
-    from qvsr.report.tables import row_setting, write_cost, write_metrics
+    from qvsr.report.tables import ordered, row_setting, write_cost, write_metrics
 
     rows = results.read(*measured)
+    summaries = ordered(rows, config.methods, config.metrics)
+    compared = comparisons.compare(rows, config.methods, config.metrics)
+    links = [comparisons.LINK] if compared else []
     full, quantized = described(config, checkpoints)
     costs, cards, settings = [cost(full, "full_precision", "W32A32")], [], {}
     for header, facts in quantized:
@@ -38,7 +42,9 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         settings[method, bits] = row_setting(header)
     call = f"one segment of {config.backbone.unet.num_frames} frames on a latent tile of {config.sampling.tile}×{config.sampling.tile}"
     with atomic_path(out) as partial:
-        write_metrics(partial, rows, config.methods, config.metrics, variant_notes(config), settings)
+        write_metrics(partial, summaries, variant_notes(config), settings, links)
+        if compared:
+            comparisons.write(partial, compared)
         write_cost(partial, costs, call, config.methods)
         if cards:
             write_fairness(partial, cards, config.methods)

@@ -64,6 +64,37 @@ def test_full_precision_may_be_listed_among_the_methods(file):
     assert plan.Plan(plan.resolve([file], {"methods": ["full_precision", "maxmin"]})).rows().count(("full_precision", "W32A32")) == 1
 
 
+def test_seeds_give_a_folder_and_a_file_each_to_what_the_noise_reaches(file):
+    run = plan.Plan(plan.resolve([file], {"seeds": [43, 42], "methods": ["maxmin"], "bits": ["W4A4"]}))
+    assert run.measured() == [
+        f"out/measured/clips/{name}.jsonl"
+        for name in (
+            "ground_truth-W32A32", "bicubic-W32A32", "full_precision-W32A32", "full_precision-W32A32-seed43", "maxmin-W4A4", "maxmin-W4A4-seed43",
+        )
+    ]  # fmt: skip
+    assert run.row_frames("clips", "maxmin", "W4A4", "-seed43")[0] == "out/restored/clips/maxmin-W4A4-seed43/bikes"
+    assert run.row_frames("clips", "ground_truth") == ["out/clips/clips/GT/bikes", "out/clips/clips/GT/carphone"]
+    assert (run.noise_seed(""), run.noise_seed("-seed43")) == (42, 43)
+
+
+def test_one_seed_changes_no_path(file, run):
+    one = plan.Plan(plan.resolve([file], {"seeds": [42]}))
+    assert one.measured() == run.measured() and one.suffixes("maxmin") == run.suffixes("maxmin") == [""]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"seeds": [43, 44]}, "seeds [43, 44] lack seed 42, which every method is trained with: add it, or set seed to one of them"),
+        ({"seeds": [42, 42]}, "seeds: seed 42: each is 0 or more and is listed once"),
+        ({"seeds": [42, -1]}, "seeds: seed -1: each is 0 or more"),
+    ],
+)
+def test_seeds_that_cannot_work(file, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan.resolve([file], overrides)
+
+
 def test_checkpoints_and_weights(run):
     assert run.checkpoint("bicubic", "W32A32") == run.checkpoint("ground_truth", "W32A32") == []
     assert run.checkpoint("maxmin", "W4A4") == ["out/quantized/maxmin-W4A4.safetensors"]

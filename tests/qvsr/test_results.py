@@ -23,7 +23,7 @@ STRICT = protocols.read("strict-v1")
 CONTEXT = Context(backbone="mgld-mini", method="maxmin", bits="W4A4", seed=42, dataset="real", clip="bikes")
 
 
-def row(value: float = 24.5, **changes: object) -> Row:
+def row(value: float | None = 24.5, **changes: object) -> Row:
     facts = CONTEXT.model_dump() | {"metric": "psnr", "value": value, "frames": 10, "signature": STRICT.signature("psnr")} | changes
     return Row(**facts)
 
@@ -111,12 +111,47 @@ def test_damaged_files_are_named_with_line_and_reason(tmp_path: Path, damage, me
         results.read(tmp_path / "none.jsonl")
 
 
-def test_interval_is_scipy_s() -> None:
+def test_a_mean_has_its_interval_over_clips() -> None:
     values = [24.1, 25.9, 23.3, 27.2]
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert results.interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
-    assert results.interval([24.1]) == (None, None) == results.interval([24.1, math.inf])
-    assert results.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    (summary,) = results.aggregate(row(value, clip=f"clip{i}") for i, value in enumerate(values))
+    assert (summary.low, summary.high) == pytest.approx((expected.low, expected.high), rel=1e-12) and summary.interval == "t"
+    (many,) = results.aggregate(row(24 + i % 7, clip=f"clip{i}") for i in range(20))
+    assert many.interval == "bca"
+
+
+SEEDS = {(42, "a"): 10.0, (43, "a"): 12.0, (42, "b"): 20.0, (43, "b"): 21.0}
+
+
+def test_the_mean_over_seeds_comes_first_and_its_spread_is_that_of_means_over_clips() -> None:
+    rows = [row(value, seed=seed, clip=clip) for (seed, clip), value in SEEDS.items()]
+    (summary,) = results.aggregate(reversed(rows))
+    assert (summary.value, summary.clips, summary.frames, summary.seeds) == (15.75, 2, 20, 2)
+    assert summary.seed_sd == pytest.approx(abs(16.5 - 15.0) / math.sqrt(2))  # means over clips: 15 and 16.5
+    expected = scipy.stats.ttest_1samp([11.0, 20.5], 0).confidence_interval(0.95)  # of the clips, each a mean over seeds
+    assert (summary.low, summary.high) == pytest.approx((expected.low, expected.high))
+    (single,) = results.aggregate([row()])
+    assert (single.seeds, single.seed_sd) == (1, None)
+
+
+def test_what_the_noise_does_not_reach_has_one_seed() -> None:
+    rows = [row(value, seed=seed, clip=clip) for (seed, clip), value in SEEDS.items()]
+    fixed = [
+        row(30.0, clip=clip, **facts)
+        for clip in "ab"
+        for facts in ({"method": "bicubic"}, {"method": "ground_truth"}, {"method": "theirs", "execution": "external"})
+    ]
+    assert {s.method: s.seeds for s in results.aggregate([*rows, *fixed])} == {"maxmin": 2, "bicubic": 1, "ground_truth": 1, "theirs": 1}
+
+
+def test_a_missing_value_is_the_mean_s_too() -> None:
+    reason = "no file lpips.pth"
+    rows = [row(24.0, clip="a"), row(None, clip="b", missing=reason)]
+    (summary,) = results.aggregate(rows)
+    assert (summary.value, summary.low, summary.interval, summary.missing, summary.clips) == (None, None, "", reason, 2)
+    (seeds,) = results.aggregate([row(24.0, clip="a"), row(None, clip="a", seed=43, missing=reason)])
+    assert (seeds.value, seeds.seed_sd, seeds.missing) == (None, None, reason)
+    assert results.by_clip({"a": {42: rows[0]}, "b": {42: rows[1]}}) == {"a": 24.0, "b": None}
 
 
 def test_mean_over_frames_then_over_clips() -> None:
@@ -150,7 +185,12 @@ def test_the_order_of_clips_and_files_does_not_matter(values: list[float], seed:
             [row(), row(clip="b"), row(method="quantvsr")],
             "quantvsr W4A4 .* psnr: no value for clip b, which others have; nothing is left out",
         ),
-        ([row(), row(clip="b", seed=43)], "rows of more than one seed: 42 and 43"),
+        ([row(), row(clip="b", seed=43)], "psnr: clip b has seed 43, clip bikes seed 42; restore and measure all with the same"),
+        (
+            [row(), row(seed=43), row(method="quantvsr")],
+            "quantvsr W4A4 .* psnr: seed 42, another method has seeds 42, 43; restore and measure all",
+        ),
+        ([row(), row(seed=43), row()], "clip bikes is there twice"),
         ([row(), row(clip="b", signature="psnr|paper-v1")], "rows of more than one signature"),
         ([row(), row(clip="b", limit=2)], "rows of more than one limit"),
         ([row(), row(method="quantvsr", frames=9)], "clip bikes has 9 frames, elsewhere 10"),

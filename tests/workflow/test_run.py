@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qvsr import results
 from qvsr.quant import checkpoint
 from tests.workflow import tiny
 
@@ -35,7 +36,7 @@ def test_tables_have_every_row_and_metric(finished):
     assert ideal["ssim_gradient"] == pytest.approx(1) and ideal["ewarp_dis"] > 0
     assert not list((finished / "results" / "restored").glob("*/ground_truth*"))  # measured where it lies
     tables = {file.name for file in (finished / "results" / "tables").iterdir() if not file.name.startswith(".")}
-    assert tables == {f"{table}.{form}" for table in ("metrics", "cost", "fairness") for form in ("csv", "md", "tex")}
+    assert tables == {f"{table}.{form}" for table in ("metrics", "comparisons", "cost", "fairness") for form in ("csv", "md", "tex")}
     assert (finished / "results" / "figures" / "comparison.png").stat().st_size > 1000
 
 
@@ -52,6 +53,38 @@ def test_the_fairness_card_tells_how_each_row_was_made(finished):
     text = (finished / "results" / "tables" / "metrics.md").read_text()
     assert "[Fairness card](fairness.md)" in text and "- quantvsr is reduced (in brackets the published default): rank_min 2 (16)" in text
     assert "| W4A4   | rotation       | shared            |" in text
+
+
+def test_comparisons_of_one_clip_show_no_more_than_they_can(finished):
+    with (finished / "results" / "tables" / "comparisons.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["method"], row["other"]) for row in rows} == {("quantvsr", "maxmin"), ("quantvsr", "rotation")}
+    assert {(row["clips"], row["low"], row["p_adjusted"]) for row in rows if row["difference"]} == {("1", "", "1.0")}
+    with (finished / "results" / "tables" / "metrics.csv").open() as file:
+        values = {row["method"]: float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "psnr_fp"}
+    of_maxmin = next(row for row in rows if (row["other"], row["metric"]) == ("maxmin", "psnr_fp"))
+    assert float(of_maxmin["difference"]) == values["quantvsr"] - values["maxmin"]
+    assert "[Comparisons](comparisons.md)" in (finished / "results" / "tables" / "metrics.md").read_text()
+    assert "there is no interval, and no test says anything" in (finished / "results" / "tables" / "comparisons.md").read_text()
+
+
+def test_a_second_seed_gives_other_frames_and_a_spread(finished, tmp_path):
+    """The first seed's frames and numbers stay; fidelity is to the full-precision output of the same noise."""
+    project = Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+    done = tiny.snakemake(project, "--config", "seeds=[42, 43]", "methods=[maxmin]", "--", "results/tables")
+    assert done.returncode == 0, done.stdout + done.stderr
+    restored, measured = project / "results" / "restored" / "clips", project / "results" / "measured" / "clips"
+    first, second = ((restored / f"full_precision-W32A32{suffix}" / "walk" / "00000000.png").read_bytes() for suffix in ("", "-seed43"))
+    assert first != second and first == (finished / "results" / "restored/clips/full_precision-W32A32/walk/00000000.png").read_bytes()
+    rows = {suffix: results.read(measured / f"full_precision-W32A32{suffix}.jsonl") for suffix in ("", "-seed43")}
+    assert {suffix: {row.seed for row in found} for suffix, found in rows.items()} == {"": {42}, "-seed43": {43}}
+    assert {row.value for found in rows.values() for row in found if row.metric == "psnr_fp"} == {float("inf")}
+    one = [row.value for suffix in ("", "-seed43") for row in results.read(measured / f"maxmin-W4A4{suffix}.jsonl") if row.metric == "psnr"]
+    with (project / "results" / "tables" / "metrics.csv").open() as file:
+        (psnr,) = [row for row in csv.DictReader(file) if (row["method"], row["metric"]) == ("maxmin", "psnr")]
+    assert one[0] != one[1] and psnr["seeds"] == "2"
+    assert (float(psnr["value"]), float(psnr["seed_sd"])) == pytest.approx((sum(one) / 2, abs(one[0] - one[1]) / 2**0.5))
+    assert " ± " in (project / "results" / "tables" / "metrics.md").read_text()
 
 
 def test_what_is_measured_of_a_job_is_left_out_of_comparisons_and_nothing_else(tmp_path):

@@ -65,6 +65,8 @@ def test_an_edit_makes_its_stage_and_what_follows_stale(finished, file, stale):
         ("methods=[maxmin]", AFTER_MEASURE),
         ("bits=[W4A4, W8A8]", AFTER_CALIBRATE),  # the new bits only
         ("training={seed: 8}", set()),
+        ("seeds=[42]", set()),
+        ("seeds=[42, 43]", AFTER_QUANTIZE),  # the new seed only
     ],
 )
 def test_a_setting_makes_stale_what_reads_it(finished, override, stale):
@@ -96,6 +98,14 @@ def test_new_bits_leave_the_old_ones_alone(finished):
     wanted = [line for line in (done.stdout + done.stderr).splitlines() if "output: " in line]
     assert [line for line in wanted if "W8A8" in line]
     assert not [line for line in wanted if "W4A4" in line]
+
+
+def test_a_second_seed_leaves_the_first_alone(finished):
+    done = tiny.snakemake(finished, "--dry-run", "--config", "seeds=[42, 43]")
+    outputs = re.findall(r"^ +output: (.+)$", done.stdout + done.stderr, flags=re.MULTILINE)
+    noisy = ("full_precision-W32A32-seed43", "maxmin-W4A4-seed43", "rotation-W4A4-seed43", "quantvsr-W4A4-seed43")
+    own = {path for row in noisy for path in (f"restored/clips/{row}/walk", f"measured/clips/{row}.jsonl")}
+    assert {output.removeprefix("results/") for output in outputs} == {*own, "tables", "figures"}
 
 
 def test_weights_of_another_training_make_everything_that_reads_them_stale(finished):

@@ -23,6 +23,7 @@ rule ablation:
             "qvsr/report/fairness.py",
             "qvsr/report/tables.py",
             "qvsr/results.py",
+            "qvsr/statistics.py",
             "qvsr/quant/cost.py",
         ),
     shell:

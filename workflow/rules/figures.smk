@@ -18,6 +18,7 @@ rule figures:
             "qvsr/report/figures.py",
             "qvsr/report/tables.py",
             "qvsr/results.py",
+            "qvsr/statistics.py",
             "qvsr/data/clips.py",
         ),
     shell:

@@ -25,6 +25,7 @@ rule layers:
             "qvsr/report/figures.py",
             "qvsr/report/tables.py",
             "qvsr/results.py",
+            "qvsr/statistics.py",
             "qvsr/quantvsr.py",
             "qvsr/quant/**/*.py",
             "qvsr/kernels/**/*.py",

@@ -1,15 +1,18 @@
-# One job a row: to start costs more than to measure a clip.
+# One job a row and noise seed: to start costs more than to measure a clip.
 
 
 rule measure:
     input:
-        pred=lambda wildcards: plan.row_frames(wildcards.dataset, wildcards.method, wildcards.bits),
+        pred=lambda wildcards: plan.row_frames(wildcards.dataset, wildcards.method, wildcards.bits, wildcards.seed),
         gt=lambda wildcards: plan.row_frames(wildcards.dataset, "ground_truth"),
-        fp=lambda wildcards: plan.row_frames(wildcards.dataset, "full_precision"),
+        fp=lambda wildcards: plan.row_frames(wildcards.dataset, "full_precision", suffix=wildcards.seed),
     output:
-        "<results>/measured/{dataset}/{method}-{bits}.jsonl",
+        "<results>/measured/{dataset}/{method}-{bits}{seed}.jsonl",
     log:
-        "<results>/logs/measure/{dataset}/{method}-{bits}.log",
+        "<results>/logs/measure/{dataset}/{method}-{bits}{seed}.log",
+    wildcard_constraints:
+        bits=r"W\d+A\d+",
+        seed=r"(-seed\d+)?",
     conda:
         "../../environment.yml"
     threads: plan.config.threads
@@ -18,11 +21,12 @@ rule measure:
     params:
         config=plan.settings_file,
         clips=lambda wildcards: [f"--clip {clip}" for clip in plan.clips(wildcards.dataset)],
-        pred=lambda wildcards: plan.row_folder(wildcards.dataset, wildcards.method, wildcards.bits),
+        pred=lambda wildcards: plan.row_folder(wildcards.dataset, wildcards.method, wildcards.bits, wildcards.seed),
         gt=lambda wildcards: plan.row_folder(wildcards.dataset, "ground_truth", "W32A32"),
-        fp=lambda wildcards: plan.row_folder(wildcards.dataset, "full_precision", "W32A32"),
+        fp=lambda wildcards: plan.row_folder(wildcards.dataset, "full_precision", "W32A32", wildcards.seed),
         execution=lambda wildcards: plan.execution(wildcards.method),
-        settings=plan.digest("metrics", "protocol", "seed", "threads", "backbone.name"),
+        seed=lambda wildcards: plan.noise_seed(wildcards.seed),
+        settings=plan.digest("metrics", "protocol", "threads", "backbone.name"),
         code=code_digest(
             "qvsr/stages/measure.py",
             "qvsr/data/clips.py",
@@ -32,6 +36,6 @@ rule measure:
             "metrics/*.py",
         ),
     shell:
-        "python -m qvsr measure --config {params.config} --pred {params.pred} --gt {params.gt} --fp {params.fp} {params.clips}"
+        "python -m qvsr measure --config {params.config} --set seed={params.seed} --pred {params.pred} --gt {params.gt} --fp {params.fp} {params.clips}"
         " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits}"
         " --execution {params.execution} --out {output} > {log} 2>&1"

@@ -4,11 +4,13 @@ rule restore:
         checkpoint=lambda wildcards: plan.checkpoint(wildcards.method, wildcards.bits),
         lq="<results>/clips/{dataset}/LQ/{clip}",
     output:
-        directory("<results>/restored/{dataset}/{method}-{bits}/{clip}"),
+        directory("<results>/restored/{dataset}/{method}-{bits}{seed}/{clip}"),
     log:
-        "<results>/logs/restore/{dataset}/{method}-{bits}/{clip}.log",
+        "<results>/logs/restore/{dataset}/{method}-{bits}{seed}/{clip}.log",
     wildcard_constraints:
         method=plan.restored_here(),
+        bits=r"W\d+A\d+",
+        seed=r"(-seed\d+)?",
     conda:
         "../../environment.yml"
     threads: plan.config.threads
@@ -16,7 +18,8 @@ rule restore:
         mem_mb=1300,
     params:
         config=plan.settings_file,
-        settings=plan.digest("backbone", "sampling", "seed", "threads"),
+        seed=lambda wildcards: plan.noise_seed(wildcards.seed),
+        settings=plan.digest("backbone", "sampling", "threads"),
         code=code_digest(
             "qvsr/stages/restore.py",
             "qvsr/data/clips.py",
@@ -27,4 +30,4 @@ rule restore:
         ),
     shell:
         "python -m qvsr restore --config {params.config} --method {wildcards.method} --bits {wildcards.bits}"
-        " --checkpoint '{input.checkpoint}' --lq {input.lq} --out {output} > {log} 2>&1"
+        " --checkpoint '{input.checkpoint}' --seed {params.seed} --lq {input.lq} --out {output} > {log} 2>&1"

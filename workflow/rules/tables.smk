@@ -20,9 +20,11 @@ rule tables:
         code=code_digest(
             "qvsr/stages/tables.py",
             "qvsr/report/tables.py",
+            "qvsr/report/comparisons.py",
             "qvsr/report/fairness.py",
             "qvsr/method_settings.py",
             "qvsr/results.py",
+            "qvsr/statistics.py",
             "qvsr/quant/cost.py",
         ),
     shell:

@@ -74,14 +74,14 @@ def test_a_difference_is_paired_by_clip() -> None:
     differences = [33.0 - 36.0, 35.0 - 37.0, 31.5 - 35.0]
     low, high = stats.t.interval(0.95, 2, loc=sum(differences) / 3, scale=stats.sem(differences))
     assert value.value == pytest.approx((33.0 + 35.0 + 31.5) / 3)
-    assert (value.change, value.low, value.high) == pytest.approx((sum(differences) / 3, low, high))
+    assert (value.change, value.within.low, value.within.high) == pytest.approx((sum(differences) / 3, low, high))
     first = table.values["whole", "psnr_fp"]
-    assert (first.change, first.low) == (0.0, None)
+    assert (first.change, first.within.low) == (0.0, None)
 
 
 def test_an_infinite_value_has_no_difference() -> None:
     value = ablation.build(TABLES, VARIANTS, rows(), METRICS)[1].values["maxmin", "psnr_fp"]
-    assert value.value == math.inf and value.change is None and value.low is None
+    assert value.value == math.inf and value.change is None and value.within.low is None
 
 
 def test_only_settings_that_differ_are_columns() -> None:
@@ -125,3 +125,24 @@ def test_csv_is_tidy_and_whole(tmp_path: Path) -> None:
 def test_latex_has_every_row(tmp_path: Path) -> None:
     text = (written(tmp_path) / "ablation.tex").read_text()
     assert text.count(r"\begin{tabular}") == 2 and text.count(r"no\_rotation &") == 1 and text.count("maxmin &") == 1
+
+
+def test_a_missing_metric_says_why_and_the_others_stay(tmp_path: Path) -> None:
+    changed = {"value": None, "missing": "no weights.pth; fetch them"}
+    missing = [Row(**(row.model_dump() | changed)) if row.metric == "psnr_fp" else row for row in rows()]
+    tables = ablation.build(TABLES, VARIANTS, missing, METRICS)
+    ablation.write(tmp_path, tables, VARIANTS, cards(), METRICS)
+    text = (tmp_path / "ablation.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| no_rotation")]
+    assert [cell.strip() for cell in line.strip("|").split("|")][3:] == ["25.17", "n/a", "–"]
+    assert text.count("- n/a in psnr_fp: no weights.pth; fetch them\n") == 1
+    with (tmp_path / "ablation.csv").open() as file:
+        assert {(one["value"], one["change"]) for one in csv.DictReader(file) if one["metric"] == "psnr_fp"} == {("", "")}
+
+
+def test_seeds_are_averaged_before_clips_are_paired() -> None:
+    """The second seed moves every clip of one row by 0.4: its mean difference moves by half of it."""
+    moved = [Row(**(row.model_dump() | {"seed": 2, "value": row.value + (0.4 if row.method == "no_rotation" else 0)})) for row in rows()]
+    value = ablation.build(TABLES, VARIANTS, [*rows(), *moved], METRICS)[0].values["no_rotation", "psnr"]
+    plain = ablation.build(TABLES, VARIANTS, rows(), METRICS)[0].values["no_rotation", "psnr"]
+    assert value.change == pytest.approx(plain.change + 0.2) and value.clips == 3

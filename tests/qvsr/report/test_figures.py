@@ -105,6 +105,15 @@ def test_a_value_changes_the_figure(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
+def test_a_method_without_values_leaves_the_others_drawn(tmp_path: Path) -> None:
+    reason = {"value": None, "per_frame": (), "missing": "no weights.pth"}
+    some = [Row(**(row.model_dump() | reason)) if row.method == "maxmin" else row for row in rows(FIDELITY)]
+    figures.by_bits(tmp_path / "a.png", some)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    with pytest.raises(FigureError, match="psnr_fp has no value to draw: no weights.pth"):
+        figures.by_bits(tmp_path / "b.png", [Row(**(row.model_dump() | reason)) for row in rows(FIDELITY)])
+
+
 def test_values_of_one_frame_come_from_the_rows() -> None:
     assert figures.frame_value(rows(FIDELITY), "psnr_fp", "real", "clip1", "maxmin", "W4A4", 1) == 32.0
     with pytest.raises(FigureError, match="no psnr of frame 0 of real/clip1 by maxmin W4A4 among the results; measure it with psnr first"):

@@ -83,7 +83,7 @@ def test_a_column_says_how_each_row_was_run() -> None:
 
 
 def test_the_same_column_in_latex(tmp_path: Path) -> None:
-    tables.write_metrics(tmp_path, rows(), settings=SETTINGS)
+    tables.write_metrics(tmp_path, tables.ordered(rows()), settings=SETTINGS)
     text = (tmp_path / "metrics.tex").read_text()
     assert r"W4A4 & quantvsr & shared, \emph{reduced} & " in text and r"\begin{tabular}{lllrrr}" in text
     assert "updates 60 (900), values 5 (all)" in text and "fairness.md" not in text
@@ -97,7 +97,7 @@ def test_settings_below_the_defaults_come_from_the_checkpoint() -> None:
 
 
 def test_notes_stand_below_every_table(tmp_path: Path) -> None:
-    tables.write_metrics(tmp_path, [*rows(), *rows(dataset="other")], notes=["rotation: quantvsr with branch=false."])
+    tables.write_metrics(tmp_path, tables.ordered([*rows(), *rows(dataset="other")]), notes=["rotation: quantvsr with branch=false."])
     assert (tmp_path / "metrics.md").read_text().count("\n- rotation: quantvsr with branch=false.\n") == 2
     assert (tmp_path / "metrics.tex").read_text().count("rotation: quantvsr with branch=false.") == 2
 
@@ -113,7 +113,7 @@ def test_a_single_method_is_not_the_best_of_anything() -> None:
 
 
 def test_a_subset_is_marked_everywhere(tmp_path: Path) -> None:
-    tables.write_metrics(tmp_path, rows(limit=2))
+    tables.write_metrics(tmp_path, tables.ordered(rows(limit=2)))
     markdown = (tmp_path / "metrics.md").read_text()
     assert "2 clips, 20 frames, limit=2" in markdown and "not a result to quote" in markdown
     assert "limit=2" in (tmp_path / "metrics.tex").read_text()
@@ -122,10 +122,12 @@ def test_a_subset_is_marked_everywhere(tmp_path: Path) -> None:
 
 
 def test_the_tidy_table_is_exact(tmp_path: Path) -> None:
-    tables.write_metrics(tmp_path, rows())
+    tables.write_metrics(tmp_path, tables.ordered(rows()))
     with (tmp_path / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert ",".join(lines[0]) == "backbone,dataset,method,bits,execution,metric,value,low,high,clips,frames,signature"
+    assert (
+        ",".join(lines[0]) == "backbone,dataset,method,bits,execution,metric,value,low,high,clips,frames,signature,seeds,seed_sd,interval"
+    )
     assert len(lines) == len(VALUES) * 3
     found = {(line["method"], line["bits"], line["metric"]): line for line in lines}
     psnr = found["maxmin", "W4A4", "psnr"]
@@ -139,20 +141,80 @@ def test_the_tidy_table_is_exact(tmp_path: Path) -> None:
 
 def test_the_same_bytes_whatever_the_order(tmp_path: Path) -> None:
     everything = rows() + rows(dataset="other")
-    tables.write_metrics(tmp_path / "a", everything)
-    tables.write_metrics(tmp_path / "b", random.Random(3).sample(everything, len(everything)))
+    tables.write_metrics(tmp_path / "a", tables.ordered(everything))
+    tables.write_metrics(tmp_path / "b", tables.ordered(random.Random(3).sample(everything, len(everything))))
     for name in ("metrics.csv", "metrics.md", "metrics.tex"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert (tmp_path / "a" / "metrics.md").read_text().count("### ") == 2
 
 
-def test_a_missing_clip_is_an_error_not_a_smaller_mean(tmp_path: Path) -> None:
+REASON = "no alexnet.pth (100% of $HOME/a_b); python -m qvsr assets fetch alexnet"
+
+
+def without_psnr_fp() -> list[Row]:
+    changed = {"value": None, "missing": REASON}
+    return [Row(**(row.model_dump() | changed)) if row.metric == "psnr_fp" else row for row in rows()]
+
+
+def test_a_missing_metric_says_why_once_and_is_never_best(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, tables.ordered(without_psnr_fp(), metrics=METRIC_NAMES))
+    text = (tmp_path / "metrics.md").read_text()
+    assert {line[-1] for line in cells(text)[1:]} == {"n/a"}
+    assert text.count(f"- n/a in psnr_fp: {REASON}\n") == 1
+    assert cells(text)[4][2:4] == ["**24.90**", "**3.00**"]  # the other columns are as ever
+    with (tmp_path / "metrics.csv").open() as file:
+        missing = [line for line in csv.DictReader(file) if line["metric"] == "psnr_fp"]
+    assert len(missing) == len(VALUES) and {(line["value"], line["low"], line["interval"]) for line in missing} == {("", "", "")}
+    latex = (tmp_path / "metrics.tex").read_text()
+    assert r"n/a in psnr\_fp: no alexnet.pth (100\% of \$HOME/a\_b)" in latex and latex.count("& n/a") == len(VALUES)
+    body = "\n".join(line for line in latex.splitlines() if not line.startswith("%"))
+    assert body.replace(r"\$", "").count("$") % 2 == 0
+
+
+def test_one_note_for_each_reason() -> None:
+    found = [("lpips", "no a.pth"), ("psnr", ""), ("dists", "no b.pth"), ("clipiqa", "no a.pth"), ("lpips", "no a.pth")]
+    assert tables.missing_notes(found) == ["n/a in lpips, clipiqa: no a.pth", "n/a in dists: no b.pth"]
+
+
+def seeded() -> list[Row]:
+    """A second seed of what the noise reaches, 0.2 higher everywhere."""
+    noisy = [row for row in rows() if row.method not in ("ground_truth", "bicubic")]
+    return [*rows(), *(Row(**(row.model_dump() | {"seed": 43, "value": (row.value or 0) + 0.2})) for row in noisy)]
+
+
+def test_several_seeds_show_their_spread(tmp_path: Path) -> None:
+    tables.write_metrics(tmp_path, tables.ordered(seeded(), metrics=METRIC_NAMES))
+    text = (tmp_path / "metrics.md").read_text()
+    assert cells(text)[6] == ["W4A4", "maxmin", "21.10 ± 0.14", "**2.60** ± 0.14", "29.10 ± 0.14"]
+    assert cells(text)[2][2] == "26.00" and cells(text)[3][4] == "inf"  # bicubic has one seed, inf no spread
+    assert text.count("±: standard deviation over 2 seeds of the noise") == 1 and "Frames of ground_truth, bicubic have one" in text
+    with (tmp_path / "metrics.csv").open() as file:
+        lines = {(line["method"], line["bits"], line["metric"]): line for line in csv.DictReader(file)}
+    assert lines["maxmin", "W4A4", "psnr"]["seeds"] == "2" and lines["bicubic", "W32A32", "psnr"]["seeds"] == "1"
+    assert float(lines["maxmin", "W4A4", "psnr"]["seed_sd"]) == pytest.approx(0.2 / math.sqrt(2))
+    assert lines["bicubic", "W32A32", "psnr"]["seed_sd"] == "" and lines["bicubic", "W32A32", "psnr"]["interval"] == "t"
+    assert r"21.10 $\pm$ 0.14" in (tmp_path / "metrics.tex").read_text()
+
+
+def test_the_footnote_names_the_kind_of_interval_that_is_in_the_csv() -> None:
+    assert "has the 95 % Student-t intervals over clips" in tables.metrics_markdown(tables.ordered(rows()))
+    (first, *_) = rows()
+    many = [Row(**(first.model_dump() | {"method": "maxmin", "clip": f"c{i}", "value": 20.0 + i % 5})) for i in range(20)]
+    assert "has the 95 % BCa bootstrap intervals over clips" in tables.metrics_markdown(tables.ordered(many))
+
+
+def test_links_stand_below_the_table() -> None:
+    text = tables.metrics_markdown(tables.ordered(rows()), links=["[Comparisons](comparisons.md): x."])
+    assert "|\n\n[Comparisons](comparisons.md): x.\n\n- ↑ higher" in text
+
+
+def test_a_missing_clip_is_an_error_not_a_smaller_mean() -> None:
     with pytest.raises(ResultError, match="quantvsr W4A4 .* no value for clip bunny"):
-        tables.write_metrics(tmp_path / "t", [r for r in rows() if (r.method, r.bits, r.clip) != ("quantvsr", "W4A4", "bunny")])
+        tables.ordered([r for r in rows() if (r.method, r.bits, r.clip) != ("quantvsr", "W4A4", "bunny")])
 
 
 def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
-    tables.write_metrics(tmp_path, rows(dataset="50%_a&b"))
+    tables.write_metrics(tmp_path, tables.ordered(rows(dataset="50%_a&b")))
     text = (tmp_path / "metrics.tex").read_text()
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert r"50\%\_a\&b" in body and r"full\_precision" in body and r"\textbf{24.90}" in body and r"$\infty$" in body
