@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,17 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         benchmarks: folder with ``{method}-{bits}.tsv`` of what quantizing took, as Snakemake writes them; None or without a file: not measured.
     """
     from qvsr.quant.cost import cost
-    from qvsr.report import comparisons
+    from qvsr.report import comparisons, paper
     from qvsr.report.fairness import Measured, fairness, read_benchmark, write_fairness
     from qvsr.report.tables import ordered, row_setting, write_cost, write_metrics
 
     rows = results.read(*measured)
     summaries = ordered(rows, config.methods, config.metrics)
     compared = comparisons.compare(rows, config.methods, config.metrics)
-    links = [comparisons.LINK] if compared else []
+    published, left_out = paper.against(summaries, config.methods)
+    for note in left_out:
+        logging.getLogger(__name__).info(note)
+    links = ([comparisons.LINK] if compared else []) + ([paper.LINK] if published else [])
     full, quantized = described(config, checkpoints)
     costs, cards, settings = [cost(full, "full_precision", "W32A32")], [], {}
     for header, facts in quantized:
@@ -45,6 +49,8 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         write_metrics(partial, summaries, variant_notes(config), settings, links)
         if compared:
             comparisons.write(partial, compared)
+        if published:
+            paper.write(partial, published, left_out)
         write_cost(partial, costs, call, config.methods)
         if cards:
             write_fairness(partial, cards, config.methods)

@@ -22,6 +22,8 @@ rule tables:
             "qvsr/report/tables.py",
             "qvsr/report/comparisons.py",
             "qvsr/report/fairness.py",
+            "qvsr/report/paper.py",
+            "qvsr/report/paper/*.csv",
             "qvsr/method_settings.py",
             "qvsr/results.py",
             "qvsr/statistics.py",
