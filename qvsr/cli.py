@@ -214,6 +214,23 @@ def measure(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="file written by measure")],
+    b: Annotated[Path, typer.Argument(help="another, of the same clips")],
+    metrics: Annotated[str | None, typer.Option(help="names, separated by commas; default: all that both files have")] = None,
+    row_a: Annotated[str, typer.Option(help="METHOD-BITS, the row of A that is meant where it has several")] = "",
+    row_b: Annotated[str, typer.Option(help="the row of B likewise")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="csv; appears whole or not at all")] = None,
+) -> None:
+    """Compare two files of measure clip by clip: differences B - A with intervals and tests."""
+    import metrics as registered  # noqa: F401  (the table needs the metrics' facts)
+    from qvsr.stages import compare as stage
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics else []
+    typer.echo(stage.run(a, b, names, row_a, row_b, out))
+
+
+@app.command()
 def tables(
     config: ConfigOption,
     out: Out,

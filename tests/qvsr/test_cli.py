@@ -8,7 +8,21 @@ import pytest
 from qvsr import cli
 from qvsr.provenance import ROOT
 
-STAGES = ("clips", "calibrate", "quantize", "restore", "measure", "tables", "figures", "layers", "cost", "schema", "config", "train")
+STAGES = (
+    "clips",
+    "calibrate",
+    "quantize",
+    "restore",
+    "measure",
+    "compare",
+    "tables",
+    "figures",
+    "layers",
+    "cost",
+    "schema",
+    "config",
+    "train",
+)
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
