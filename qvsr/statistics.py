@@ -114,7 +114,8 @@ def adjusted(p_values: Sequence[float | None]) -> list[float | None]:
 def detectable(clips: int, deviation: float) -> float:
     """Smallest true mean difference that so many clips show (two-sided, 5 %) in 80 % of all such comparisons.
 
-    By the power of the paired t-test, which that of the sign-flip test comes close to; for a single comparison, before any adjustment.
+    By the power of the paired t-test, which that of the sign-flip test comes close to (76 % for normal differences of 7 clips, 78 % of 8); of 6
+    clips by its own, since all must then point the same way. For a single comparison, before any adjustment.
 
     Args:
         deviation: standard deviation of the paired differences.
@@ -129,8 +130,10 @@ def detectable(clips: int, deviation: float) -> float:
     if deviation == 0:
         return 0.0
     from scipy.optimize import brentq
-    from scipy.stats import nct, t
+    from scipy.stats import nct, norm, t
 
+    if clips == FEWEST:
+        return float(norm.ppf(POWER ** (1 / clips))) * deviation
     freedom = clips - 1
     critical = float(t.ppf(1 - ALPHA / 2, freedom))
 

@@ -122,11 +122,12 @@ def test_the_smallest_detectable_difference_of_the_tables() -> None:
     assert [detectable(clips, 1.0) for clips in (1, 4, 5)] == [math.inf] * 3 and detectable(6, 1.0) < 2
 
 
-def test_the_sign_flip_test_finds_that_difference_about_as_often() -> None:
+@pytest.mark.parametrize("clips", [6, 7, 8, 12])
+def test_the_sign_flip_test_finds_that_difference_about_as_often(clips: int) -> None:
     generator = np.random.default_rng(2)
-    shift = detectable(8, 1.0)
-    found = [sign_flip(list(generator.normal(shift, 1, 8))) < 0.05 for _ in range(1000)]  # type: ignore[operator]
-    assert 0.74 < np.mean(found) < 0.84  # 0.80 for the t-test; 0.013 is the standard error
+    shift = detectable(clips, 1.0)
+    found = [sign_flip(list(generator.normal(shift, 1, clips))) < 0.05 for _ in range(1000)]  # type: ignore[operator]
+    assert 0.72 < np.mean(found) < 0.84  # 0.76 of 7 clips, 0.80 of 6; 0.013 is the standard error
 
 
 def test_a_paired_comparison_is_of_the_differences() -> None:
