@@ -60,7 +60,7 @@ def test_wide_table_for_people() -> None:
         ["W4A4", "quantvsr", "**24.00**", "2.90", "**40.00**"],
     ]
     assert text.startswith("### real_video, mgld-mini: 2 clips, 20 frames\n")
-    assert "limit=" not in text and "`psnr|strict-v1|impl:pyiqa-" in text
+    assert "limit=" not in text and "`psnr|strict-v1|impl:qvsr-" in text
 
 
 SETTINGS = {
