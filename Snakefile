@@ -5,8 +5,8 @@ min_version("9.14")
 from qvsr import plan as planning
 from qvsr.provenance import code_digest
 
-planning.environment()
 plan = planning.Plan.from_snakemake(config, workflow.configfiles)
+planning.environment(vsreval=plan.config.vsreval.command)
 
 
 pathvars:
@@ -15,6 +15,7 @@ pathvars:
 
 onstart:
     plan.write_settings()  # what every stage reads; each rule names the digest of its part, so that only that part makes it stale
+    plan.print_remarks()
 
 
 include: "workflow/rules/clips.smk"
@@ -27,6 +28,7 @@ include: "workflow/rules/ablation.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/layers.smk"
 include: "workflow/rules/mini.smk"
+include: "workflow/rules/assets.smk"
 
 
 for rules_of_the_user in plan.rules():

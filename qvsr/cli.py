@@ -7,6 +7,7 @@ with ``QVSR_DEBUG=1`` as the full traceback.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check settings, or write them out with all defaults.")
 app.add_typer(config_app, name="config")
+assets_app = typer.Typer(no_args_is_help=True, help="Weights that metrics read: list, fetch, check and import them.")
+app.add_typer(assets_app, name="assets")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="settings, YAML or the run's config.json")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY.KEY=VALUE (YAML), wins over the file; may be repeated")]
@@ -62,7 +65,7 @@ def settings(path: Path, overrides: list[str] | None = None) -> Config:
             nested = {part: nested}
         data = plan.settings.merge(data, nested)
     # the default is there from any folder, so that `measure` and `cost` are too
-    return plan.resolve([] if path == plan.DEFAULT and not path.exists() else [path], data)
+    return plan.resolve([] if path == plan.DEFAULT and not path.exists() else [path], data, lambda line: typer.echo(line, err=True))
 
 
 def compute(config: Config) -> None:
@@ -107,6 +110,73 @@ def config_write(
     text = plan.to_json(settings(path, set_))
     with atomic_path(out) as partial:
         partial.write_text(text)
+
+
+@assets_app.command("status")
+def assets_status(json_: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """List every file of weights: whether it is here, what needs it, its licence and source. Reads no file whole; `verify` does."""
+    from qvsr.data import assets
+
+    users = {name: plan.users_of(name) for name in assets.read()}
+    if json_:
+        rows = [
+            {"name": name, "here": one.path.is_file(), "path": str(one.path), "metrics": users[name], **one.model_dump(mode="json")}
+            for name, one in assets.read().items()
+        ]
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "file", "", "size", "for", "licence", "source", title=f"Weights in {assets.shown(assets.folder())}")
+    for name, one in assets.read().items():
+        here = "here" if one.path.is_file() else "missing"
+        table.add_row(name, one.file, here, assets.size(one.bytes), ", ".join(users[name]), one.licence, one.source)
+    Console(width=None if sys.stdout.isatty() else 250).print(table)
+
+
+@assets_app.command("fetch")
+def assets_fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="names as in `status`, or of the files")] = None,
+    metrics: Annotated[str | None, typer.Option(help="what these metrics need, separated by commas")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every file")] = False,
+    progress: Annotated[bool, typer.Option(help="draw bars")] = True,
+) -> None:
+    """Download files of weights that are not here; each appears whole and checked, or not at all."""
+    from qvsr.data import assets
+
+    wanted = [*(names or []), *plan.assets_of(metrics.split(",") if metrics else []), *(assets.read() if all_ else [])]
+    if not wanted:
+        raise ConfigError(f"nothing to fetch: give names ({', '.join(assets.read())}), --metrics or --all")
+    for name in dict.fromkeys(assets.get(one)[0] for one in wanted):  # a wrong name before anything is downloaded
+        typer.echo(f"{name}: {assets.shown(assets.fetch(name, progress))}")
+
+
+@assets_app.command("verify")
+def assets_verify() -> None:
+    """Read every file that is here and compare its SHA-256; exit code 1 if one is damaged."""
+    from qvsr.data import assets
+
+    states = {name: assets.state(one) for name, one in assets.read().items()}
+    for name, state in states.items():
+        reason = f": {assets.fault(assets.get(name)[1], assets.get(name)[1].path)}" if state == "damaged" else ""
+        typer.echo(f"{name}: {state}{reason}")
+    if "damaged" in states.values():
+        raise typer.Exit(1)
+
+
+@assets_app.command("import")
+def assets_import(
+    source: Annotated[Path, typer.Option("--from", help="folder with files brought from elsewhere; searched below too")],
+) -> None:
+    """Copy files of weights from a folder, recognised by their names and checked: for machines without network."""
+    from qvsr.data import assets
+
+    done = assets.import_from(source)
+    for one in done:
+        typer.echo(f"{one.name}: {one.outcome}, {one.file}{': ' + one.why if one.why else ''}")
+    if any(one.outcome == "damaged" for one in done):
+        raise typer.Exit(1)
 
 
 @app.command("schema")

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -254,6 +254,17 @@ class TrainingSettings(Settings):
     decoder: TrainingStage = TrainingStage(steps=3000, batch=8, learning_rate=5e-4)
 
 
+class VsrevalSettings(Settings):
+    """The program that computes the metrics dover and fastervqa."""
+
+    VARIABLE: ClassVar[str] = "QVSR_VSREVAL"  # of the environment, by which jobs get the command
+    command: str = Field(
+        "vsreval",
+        min_length=1,
+        description="command of vsreval 0.1.0, which needs an environment of its own, such as `uvx --from vsreval==0.1.0 vsreval`",
+    )
+
+
 class Config(Settings):
     """One run of the workflow."""
 
@@ -279,6 +290,10 @@ class Config(Settings):
     metrics: tuple[str, ...] = Field(
         ("psnr", "ssim", "gmsd", "ssim_gradient", "ewarp_dis", "psnr_fp", "ssim_fp"), description="columns of the table: names of metrics"
     )
+    licenses: Literal["any", "permissive"] = Field(
+        "any", description="permissive: metrics whose code or weights have another licence (non-commercial, or none stated) are left out"
+    )
+    vsreval: VsrevalSettings = VsrevalSettings()
     protocol: str = Field("strict-v1", description="how metrics are computed: a file of config/protocols, by name")
     picture: tuple[str, str] | None = Field(
         None, description="dataset and clip shown in the comparison picture; the first where that dataset is not evaluated"

@@ -5,17 +5,19 @@ The Snakefile and its rules only place what this module decides. It imports noth
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qvsr import config as settings
-from qvsr.config import Config, ConfigError, unread_message
+from qvsr.config import Config, ConfigError, VsrevalSettings, unread_message
 from qvsr.method_settings import MethodSettings, unread
 from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import PluginError, plugins, suggest
@@ -31,14 +33,16 @@ REFERENCES = (GROUND_TRUTH, *UNQUANTIZED)
 UNQUANTIZED_BITS = "W32A32"
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 SEED_SUFFIX = "-seed"  # behind a row's bits in the names of its folders, for noise of another seed than the run's
+PERMISSIVE = ("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "ISC", "Zlib", "Unlicense", "CC0-1.0")  # by SPDX name
 
 
-def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config:
+def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any], say: Callable[[str], object] | None = None) -> Config:
     """The settings of one run.
 
     Args:
         files: YAML files, later ones win; each may `extends` another. None: ``config/default.yaml``.
         overrides: plain values that win over the files; as Snakemake's ``config`` they may repeat the files' values.
+        say: gets one line when `licenses: permissive` leaves metrics out.
     Raises:
         ConfigError: one line that names the file and the key, an unknown method or metric included.
     """
@@ -51,7 +55,22 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> Config
     config = settings.validate(data, " + ".join(_short(file) for file in paths))
     check_names(config)
     check_read(config, layers)
-    return config
+    return _licensed(config, say)
+
+
+def _licensed(config: Config, say: Callable[[str], object] | None) -> Config:
+    """The settings without the metrics that `licenses` leaves out."""
+    if config.licenses == "any":
+        return config
+    licences = {name: str(facts.get("licence", "no licence")) for name, facts in declared_facts("metrics", "METRICS").items()}
+    left_out = [name for name in config.metrics if licences[name] not in PERMISSIVE]
+    named = ", ".join(f"{name} ({licences[name]})" for name in left_out)
+    kept = tuple(name for name in config.metrics if name not in left_out)
+    if not kept:
+        raise ConfigError(f"licenses: permissive leaves no metric: {named}; name others in metrics, or set licenses to any")
+    if left_out and say is not None:
+        say(f"licenses: permissive leaves out {named}")
+    return config.model_copy(update={"metrics": kept})
 
 
 def _short(file: Path) -> str:
@@ -166,6 +185,49 @@ def declared(package: str, registry: str) -> list[str]:
     )
 
 
+@functools.cache
+def declared_facts(package: str, registry: str) -> dict[str, dict[str, Any]]:
+    """Facts in the decorators of a package's files, by name, read from the source as :func:`declared` does; those that are literals.
+
+    >>> declared_facts("metrics", "METRICS")["lpips"]["weights"]
+    ('alexnet',)
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted((ROOT / package).glob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) != f"{registry}.add" or not call.args:
+                continue
+            literal = {keyword.arg: _literal(keyword.value) for keyword in call.keywords if keyword.arg is not None}
+            found[str(_literal(call.args[0]))] = {key: value for key, value in literal.items() if value is not None}
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def assets_of(metrics: Iterable[str]) -> list[str]:
+    """Names in config/assets.yaml of the files that metrics read, each once.
+
+    Raises:
+        ConfigError: no such metric.
+    """
+    facts, found = declared_facts("metrics", "METRICS"), []
+    for metric in metrics:
+        if metric not in facts:
+            raise ConfigError(suggest("metric", metric, facts))
+        found += facts[metric].get("weights", ())
+    return list(dict.fromkeys(found))
+
+
+def users_of(asset: str) -> list[str]:
+    """The metrics that read a file of weights."""
+    return [metric for metric in declared_facts("metrics", "METRICS") if asset in assets_of([metric])]
+
+
 def settings_digest(config: Config, *keys: str) -> str:
     """Digest of the settings that a stage reads: a change of one makes its outputs stale, a change of any other does not.
 
@@ -196,12 +258,15 @@ class Plan:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.output = config.output
+        self.remarks: list[str] = []  # for people, printed once when the workflow starts
 
     @classmethod
     def from_snakemake(cls, overrides: Mapping[str, Any], files: Sequence[str | Path]) -> Plan:
         """As :func:`resolve`; what cannot work ends the program with one line, without Snakemake's traceback."""
+        remarks: list[str] = []
         try:
-            plan = cls(resolve(files, overrides))
+            plan = cls(resolve(files, overrides, remarks.append))
+            plan.remarks = remarks
             check_protocol(plan.config)
             check_external(plan.config)
             plan.picture()  # finds every clip
@@ -218,6 +283,11 @@ class Plan:
         """Write the resolved settings, defaults and overrides in one."""
         with atomic_path(self.settings_file) as partial:
             partial.write_text(to_json(self.config))
+
+    def print_remarks(self) -> None:
+        """Tell people what the settings imply; on standard error, once a run."""
+        for remark in self.remarks:
+            print(remark, file=sys.stderr)
 
     def digest(self, *keys: str) -> str:
         return settings_digest(self.config, *keys)
@@ -244,6 +314,22 @@ class Plan:
         backbone = self.config.backbone
         flow = backbone.flow_weights if self.config.sampling.flow == "raft" else None
         return [str(path) for path in (backbone.weights, backbone.vae_weights, flow) if path is not None]
+
+    def assets(self) -> list[str]:
+        """Files of weights that the metrics read, here or not."""
+        from qvsr.data.assets import get
+
+        return [str(get(name)[1].path) for name in assets_of(self.config.metrics)]
+
+    def assets_folder(self) -> str:
+        """Where these files lie, of whatever configuration."""
+        from qvsr.data.assets import folder
+
+        return str(folder())
+
+    def assets_here(self) -> list[str]:
+        """Those of them that are here: a metric without its weights has no value, and gets one when they appear."""
+        return [Path(path).name for path in self.assets() if Path(path).is_file()]
 
     def quantized(self) -> list[tuple[str, str]]:
         """(method, bits) of every quantized checkpoint of the tables."""
@@ -358,8 +444,10 @@ def clip_name(folder: Path) -> str:
     return f"{folder.parent.parent.name}/{folder.name}"
 
 
-def environment(root: Path = ROOT) -> None:
-    """Let the workflow's commands find this interpreter and this package from any working directory."""
+def environment(root: Path = ROOT, vsreval: str = "") -> None:
+    """Let the workflow's commands find this interpreter and this package from any working directory, and the program `vsreval`."""
+    if vsreval:
+        os.environ[VsrevalSettings.VARIABLE] = vsreval
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     known = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), known] if known else [str(root)])

@@ -24,7 +24,7 @@ def written(tmp_path: Path, text: str = "") -> Path:
 
 
 def test_the_committed_configurations_are_valid():
-    for path in sorted((ROOT / "config").glob("*.yaml")):
+    for path in sorted(set((ROOT / "config").glob("*.yaml")) - {ROOT / "config" / "assets.yaml"}):  # that is a list of files
         load(path)
 
 

@@ -1,0 +1,18 @@
+# The files of weights that the metrics of the configuration read: `snakemake weights` fetches those that are not here. No other rule asks
+# for them: a metric without its weights has no value, and its column says which file it lacks.
+
+
+rule weights:
+    input:
+        plan.assets(),
+
+
+rule asset:
+    output:
+        plan.assets_folder() + "/{file}",
+    log:
+        "<results>/logs/assets/{file}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m qvsr assets fetch {wildcards.file} > {log} 2>&1"
