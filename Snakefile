@@ -5,8 +5,9 @@ min_version("9.14")
 from qvsr import plan as planning
 from qvsr.provenance import code_digest
 
+planning.environment()
 plan = planning.Plan.from_snakemake(config, workflow.configfiles)
-planning.environment(vsreval=plan.config.vsreval.command)
+planning.export(plan.config)
 
 
 pathvars:

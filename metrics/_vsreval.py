@@ -32,7 +32,7 @@ def command() -> list[str]:
     if shutil.which(words[0]) is None:
         raise MissingError(
             f"the program {words[0]!r} is not there; {PACKAGE} {VERSION} needs an environment of its own: "
-            f"`conda env create -f workflow/envs/vsreval.yaml`, or `--set vsreval.command='uvx --from {PACKAGE}=={VERSION} {PACKAGE}'`"
+            f"`conda env create -f workflow/envs/vsreval.yaml`, or set vsreval.command to `uvx --from {PACKAGE}=={VERSION} {PACKAGE}`"
         )
     return words
 

@@ -65,7 +65,9 @@ def settings(path: Path, overrides: list[str] | None = None) -> Config:
             nested = {part: nested}
         data = plan.settings.merge(data, nested)
     # the default is there from any folder, so that `measure` and `cost` are too
-    return plan.resolve([] if path == plan.DEFAULT and not path.exists() else [path], data, lambda line: typer.echo(line, err=True))
+    config = plan.resolve([] if path == plan.DEFAULT and not path.exists() else [path], data, lambda line: typer.echo(line, err=True))
+    plan.export(config)
+    return config
 
 
 def compute(config: Config) -> None:

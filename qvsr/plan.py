@@ -444,10 +444,14 @@ def clip_name(folder: Path) -> str:
     return f"{folder.parent.parent.name}/{folder.name}"
 
 
-def environment(root: Path = ROOT, vsreval: str = "") -> None:
-    """Let the workflow's commands find this interpreter and this package from any working directory, and the program `vsreval`."""
-    if vsreval:
-        os.environ[VsrevalSettings.VARIABLE] = vsreval
+def export(config: Config) -> None:
+    """Hand the command of vsreval on to the metrics, which know no settings: by a variable, which wins over the default."""
+    if config.vsreval != VsrevalSettings():
+        os.environ[VsrevalSettings.VARIABLE] = config.vsreval.command
+
+
+def environment(root: Path = ROOT) -> None:
+    """Let the workflow's commands find this interpreter and this package from any working directory."""
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     known = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), known] if known else [str(root)])

@@ -80,12 +80,14 @@ def test_files_of_the_configured_metrics(tmp_path: Path, monkeypatch: pytest.Mon
     assert run.assets_here() == ["alexnet-owt-7be5be79.pth"]
 
 
-def test_the_command_of_vsreval_reaches_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_vsreval_reaches_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metrics import _vsreval
 
-    monkeypatch.setenv("QVSR_VSREVAL", "")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("PYTHONPATH", "")
-    plan.environment(vsreval="true --option 'a b'")
     monkeypatch.setattr(_vsreval.shutil, "which", lambda name: f"/bin/{name}")
-    assert _vsreval.command() == ["true", "--option", "a b"]
+    monkeypatch.setenv("QVSR_VSREVAL", "of the shell")
+    plan.export(resolve([config(tmp_path, "")], {}))
+    assert _vsreval.command() == ["of", "the", "shell"]  # the default does not hide it
+    plan.export(resolve([config(tmp_path, "vsreval: {command: \"uvx --from 'a b' vsreval\"}\n")], {}))
+    assert _vsreval.command() == ["uvx", "--from", "a b", "vsreval"]
+    monkeypatch.delenv("QVSR_VSREVAL")
+    assert _vsreval.command() == ["vsreval"]

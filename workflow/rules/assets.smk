@@ -12,6 +12,8 @@ rule asset:
         plan.assets_folder() + "/{file}",
     log:
         "<results>/logs/assets/{file}.log",
+    wildcard_constraints:
+        file=r"[^/]+",
     conda:
         "../../environment.yml"
     shell:

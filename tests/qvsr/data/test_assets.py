@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from qvsr import cli, protocols
 from qvsr.data import assets
 from qvsr.data.assets import AssetError, MissingError
+from qvsr.provenance import ROOT
 
 CONTENT = {"one.pth": b"first weights", "two.pth": b"second weights"}
 SHA = {name: hashlib.sha256(data).hexdigest() for name, data in CONTENT.items()}
@@ -228,3 +231,18 @@ def test_a_list_that_cannot_be_used(tmp_path: Path) -> None:
     file.write_text("- a\n")
     with pytest.raises(AssetError, match="not a list of assets"):
         assets.read.__wrapped__(file)
+
+
+@pytest.mark.parametrize("command", [["status"], ["verify"], ["--help"]])
+def test_the_commands_load_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['qvsr', 'assets', *{command!r}]\n"
+        "from qvsr.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print('HEAVY', [m for m in ('torch', 'numpy', 'pandas', 'pyiqa', 'pooch', 'snakemake') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []")
