@@ -116,13 +116,13 @@ def config_write(
 
 @assets_app.command("status")
 def assets_status(json_: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """List every file of weights: whether it is here, what needs it, its licence and source. Reads no file whole; `verify` does."""
+    """List every file of weights: whether it is here, what needs it, its licence and source. It looks at sizes; `verify` reads the files."""
     from qvsr.data import assets
 
     users = {name: plan.users_of(name) for name in assets.read()}
     if json_:
         rows = [
-            {"name": name, "here": one.path.is_file(), "path": str(one.path), "metrics": users[name], **one.model_dump(mode="json")}
+            {"name": name, "state": assets.glance(one), "path": str(one.path), "metrics": users[name], **one.model_dump(mode="json")}
             for name, one in assets.read().items()
         ]
         typer.echo(json.dumps(rows, indent=1))
@@ -132,8 +132,7 @@ def assets_status(json_: Annotated[bool, typer.Option("--json", help="for progra
 
     table = Table("name", "file", "", "size", "for", "licence", "source", title=f"Weights in {assets.shown(assets.folder())}")
     for name, one in assets.read().items():
-        here = "here" if one.path.is_file() else "missing"
-        table.add_row(name, one.file, here, assets.size(one.bytes), ", ".join(users[name]), one.licence, one.source)
+        table.add_row(name, one.file, assets.glance(one), assets.size(one.bytes), ", ".join(users[name]), one.licence, one.source)
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 

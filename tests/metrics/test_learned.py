@@ -302,6 +302,8 @@ def test_files_that_are_not_the_weights(weights: Weights, tmp_path: Path) -> Non
     bad.write_bytes(b"not weights")
     with pytest.raises(MetricError, match=r"lpips: bad.pth cannot be read as weights \(.*\); get it again"):
         lpips.lpips(clip, clip, weights={"alexnet": bad})
+    with pytest.raises(MetricError, match="clipiqa: bad.pth cannot be read as weights"):
+        clipiqa.clipiqa(clip, weights={"clip-rn50": bad})
     with pytest.raises(MetricError, match="niqe: bad.pth cannot be read as the model"):
         niqe.niqe(frames(1, 96, 192), weights={"niqe": bad})
     torch.save({"features.0.weight": torch.zeros(64, 3, 7, 7)}, bad)
