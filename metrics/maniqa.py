@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from metrics._frames import MetricError, check_frames
@@ -31,13 +32,21 @@ class Maniqa(nn.Module):
             self.network = maniqa_arch.MANIQA(pretrained=False, train_dataset="koniq", scale=0.8, test_sample=crops)
         file = weights["maniqa-koniq"]
         fill("maniqa", self.network, read_state("maniqa", file), file.name)
-        self.arch, self.places, self.seed = maniqa_arch, places, seed
+        self.arch, self.crops = maniqa_arch, crops
+        self.place = maniqa_arch.uniform_crop if places == "grid" else seeded(maniqa_arch.random_crop, seed)
+        self.judged: dict[str, list[Tensor]] = {"fc_score": [], "fc_weight": []}  # of the patches of one crop after the other
+        for name, outputs in self.judged.items():
+            getattr(self.network, name).register_forward_hook(lambda _, given, output, outputs=outputs: outputs.append(output.flatten()))
 
     def forward(self, frame: Tensor) -> Tensor:
-        if self.places == "grid":
-            return self.network(frame)
-        with replaced(self.arch, "uniform_crop", seeded(self.arch.random_crop, self.seed)):
-            return self.network(frame)
+        """The network's own weighted mean over the patches of all crops, which it would hold in memory at once."""
+        for outputs in self.judged.values():
+            outputs.clear()
+        for k in range(self.crops):
+            with replaced(self.arch, "uniform_crop", lambda x, k=k, **how: self.place(x, **how)[k : k + 1]):
+                self.network(frame)
+        scores, weights = (torch.cat(outputs) for outputs in self.judged.values())
+        return (weights * scores).sum() / (weights.sum() + 1e-8)
 
 
 def seeded(crop: Callable[..., Tensor], seed: int) -> Callable[..., Tensor]:
@@ -76,7 +85,7 @@ def maniqa(pred_TCHW: Tensor, *, crops: int = 20, places: str = "grid", seed: in
 
     Args:
         pred_TCHW: restored frames, RGB in [0, 1], at their own size.
-        crops: how many; all of a frame go through the network at once (20 take about 2 GB).
+        crops: how many; each is a pass through a large network, 20 take about a minute of one core.
         places: "grid" or "random".
         seed: of the random places; a grid has none to draw.
         weights: "maniqa-koniq", the authors' file.

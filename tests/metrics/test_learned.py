@@ -261,7 +261,15 @@ def test_maniqa_places_its_crops_anew_with_every_frame(weights: Weights) -> None
     for t in range(2):
         torch.testing.assert_close(seen[t][0], 2 * clip[t, :, top : top + 224, left : left + 224] - 1)
     assert whole.dtype == torch.float64 and whole.isfinite().all()
-    assert torch.equal(maniqa.maniqa(clip[1:], crops=1, places="random", seed=123, weights=given), whole[1:])
+
+
+def test_maniqa_crop_by_crop_is_pyiqa_s_on_all_at_once(weights: Weights) -> None:
+    given = chosen("maniqa", weights)
+    frame = frames(1, 256, 320)
+    value = maniqa.maniqa(frame, crops=2, weights=given)
+    with torch.inference_mode():
+        whole = network(maniqa.Maniqa, given, crops=2, places="grid", seed=0).network(frame)
+    torch.testing.assert_close(value, whole.flatten().double(), rtol=1e-5, atol=0)  # float32, sums over other batches
 
 
 def test_maniqa_s_grid_leaves_out_the_bottom(weights: Weights) -> None:
