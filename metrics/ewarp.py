@@ -35,7 +35,7 @@ def _network(path: Path, changed_ns: int) -> nn.Module:
     frames="pairs",
     digits=2,
     licence="BSD-3-Clause",
-    weights=(ASSET,),
+    weights=("raft-things",),  # a literal: it is read without importing this file
 )
 def ewarp(
     pred_TCHW: Tensor,
