@@ -319,13 +319,14 @@ class Plan:
         """Files of weights that the metrics read, here or not."""
         from qvsr.data.assets import get
 
-        return [str(get(name)[1].path) for name in assets_of(self.config.metrics)]
+        return [self.asset_path(get(name)[1].file) for name in assets_of(self.config.metrics)]
 
-    def assets_folder(self) -> str:
-        """Where these files lie, of whatever configuration."""
+    def asset_path(self, file: str) -> str:
+        """Where such a file lies, of whatever configuration; from the working directory where it is below it."""
         from qvsr.data.assets import folder
 
-        return str(folder())
+        place, here = folder().absolute() / file, Path.cwd()
+        return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
     def assets_here(self) -> list[str]:
         """Those of them that are here: a metric without its weights has no value, and gets one when they appear."""

@@ -74,7 +74,9 @@ def test_permissive_is_a_short_list_of_names_that_need_no_reading() -> None:
 def test_files_of_the_configured_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QVSR_ASSETS", str(tmp_path / "here"))
     run = Plan(resolve([config(tmp_path, "metrics: [lpips, ewarp_dis]\n")], {}))
-    assert run.assets() == [f"{run.assets_folder()}/alexnet-owt-7be5be79.pth"] and run.assets_here() == []
+    assert run.assets() == [str(tmp_path / "here" / "alexnet-owt-7be5be79.pth")] and run.assets_here() == []
+    monkeypatch.chdir(tmp_path)
+    assert run.assets() == ["here/alexnet-owt-7be5be79.pth"]
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "alexnet-owt-7be5be79.pth").write_bytes(b"")
     assert run.assets_here() == ["alexnet-owt-7be5be79.pth"]

@@ -9,7 +9,7 @@ rule weights:
 
 rule asset:
     output:
-        plan.assets_folder() + "/{file}",
+        plan.asset_path("{file}"),
     log:
         "<results>/logs/assets/{file}.log",
     wildcard_constraints:
