@@ -261,27 +261,54 @@ def restore(
 
 @app.command()
 def measure(
-    pred: Annotated[Path, typer.Option(help="folder of restored frames, or of clips, which are folders of frames")],
-    gt: Annotated[Path, typer.Option(help="folder of ground truth: frames or clips likewise")],
+    pred: Annotated[Path, typer.Option(help="what is measured: a folder of frames, a video, or a folder of such clips")],
     out: Out,
-    fp: Annotated[Path | None, typer.Option(help="folder of the full-precision output likewise, for metrics that compare with it")] = None,
-    clip: Annotated[list[str] | None, typer.Option(help="a clip in these folders; may be repeated; default: all that --pred has")] = None,
+    gt: Annotated[Path | None, typer.Option(help="the ground truth likewise; without it, only metrics that need none")] = None,
+    fp: Annotated[Path | None, typer.Option(help="the full-precision output likewise, for metrics that compare with it")] = None,
+    clip: Annotated[
+        list[str] | None, typer.Option(help="a clip of folders; may be repeated; default: all, and all sides have the same")
+    ] = None,
     metrics: Annotated[str | None, typer.Option(help="names, separated by commas; default: those of the configuration")] = None,
-    config: ConfigOption = plan.DEFAULT,
+    protocol: Annotated[str | None, typer.Option(help="how they are computed: a name such as paper-v1, or a YAML file")] = None,
+    require_all: Annotated[
+        bool, typer.Option("--require-all", help="missing weights of a metric are an error, not a row without value")
+    ] = False,
+    per_frame: Annotated[Path | None, typer.Option(help="file for one JSON line a clip, metric and frame")] = None,
+    cache: Annotated[Path | None, typer.Option(help="folder that keeps values by the frames' content")] = None,
+    config: Annotated[Path | None, typer.Option(help="settings, YAML or the run's config.json; default: none are needed")] = None,
     dataset: Annotated[str, typer.Option()] = "",
     method: MethodOption = "",
     bits: BitsOption = "",
-    execution: Annotated[str, typer.Option(help="how the frames were made: simulated, or external (another program)")] = "simulated",
+    execution: Annotated[str | None, typer.Option(help="how the frames were made: simulated, or external (another program)")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Measure restored clips: one JSON line a clip and metric."""
-    overrides = (set_ or []) + ([f"metrics=[{metrics}]"] if metrics else [])
-    resolved = settings(config, overrides)
+    """Measure restored clips of any program: one JSON line a clip and metric."""
+    overrides = [*(set_ or []), *([f"metrics=[{metrics}]"] if metrics else []), *([f"protocol={protocol}"] if protocol else [])]
+    resolved = settings(config or plan.DEFAULT, [*overrides, *(["require_all=true"] if require_all else [])])
     compute(resolved)
     import metrics as registered  # noqa: F401  (fills the registry)
     from qvsr.stages import measure as stage
 
-    stage.run(resolved, pred, gt, fp, clip or [], dataset, method, bits, execution, out)
+    alone = config is None
+    if alone and not metrics:
+        resolved = resolved.model_copy(update={"metrics": tuple(stage.possible(resolved.metrics, gt, fp))})
+    rows = stage.run(
+        resolved,
+        pred,
+        gt,
+        fp,
+        clip or [],
+        dataset,
+        method,
+        bits,
+        execution or ("external" if alone else "simulated"),
+        out,
+        backbone="" if alone else None,  # frames of another program are not of the default network
+        per_frame=per_frame,
+        cache=cache,
+    )
+    if alone:
+        typer.echo(stage.summary(rows))
 
 
 @app.command()

@@ -295,6 +295,7 @@ class Config(Settings):
     )
     vsreval: VsrevalSettings = VsrevalSettings()
     protocol: str = Field("strict-v1", description="how metrics are computed: a file of config/protocols, by name")
+    require_all: bool = Field(False, description="a metric whose weights are not there is an error; else its column says n/a, and why")
     picture: tuple[str, str] | None = Field(
         None, description="dataset and clip shown in the comparison picture; the first where that dataset is not evaluated"
     )

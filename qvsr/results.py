@@ -14,18 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
 from qvsr.plan import BICUBIC, GROUND_TRUTH
-from qvsr.protocols import Protocol
 from qvsr.provenance import atomic_path
-from qvsr.registry import METRICS
 from qvsr.settings import Settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NOISELESS = (GROUND_TRUTH, BICUBIC)  # rows that no noise goes into
 
@@ -78,6 +73,9 @@ class Row(Context):
     per_frame: tuple[Value, ...] = Field((), description="one value a frame, or a pair of frames; empty when the source keeps none")
     frames: int = Field(ge=1, description="frames of the clip")
     signature: str
+    inputs: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="pred, gt, fp: what was read, codec, pixel format, what it may have lost, SHA-256 of the pixels"
+    )
 
     @field_validator("value", "per_frame")
     @classmethod
@@ -116,59 +114,20 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def measure_clip(
-    pred_TCHW: Tensor, gt_TCHW: Tensor | None, fp_TCHW: Tensor | None, metrics: Sequence[str], context: Context, protocol: Protocol
-) -> list[Row]:
-    """All metrics of one restored clip, in the given order.
-
-    The metrics must be registered (import the package `metrics` first).
-
-    Args:
-        pred_TCHW: restored frames as saved, RGB in [0, 1].
-        gt_TCHW: ground truth; None if no metric needs it.
-        fp_TCHW: what full precision restored from the same input and noise; None if no metric needs it.
-        metrics: names.
-        context: identity of the clip and of what restored it.
-        protocol: fixes the options of each metric.
-    Raises:
-        ResultError: a metric needs frames that are not given, or gives NaN.
-        ValueError: what a metric refuses, with the clip's name in front.
-    """
-    rows = []
-    clip = ", ".join(filter(None, (f"{context.dataset}/{context.clip}".lstrip("/"), f"{context.method} {context.bits}".strip())))
-    for name in metrics:
-        metric = METRICS[name]
-        options = protocol.options(metric)
-        protocol.check_installed(name)
-        needs = metric.facts["needs"]
-        reference = {"gt": gt_TCHW, "fp": fp_TCHW, "none": None}[needs]
-        if needs != "none" and reference is None:
-            what = "the ground truth" if needs == "gt" else "the full-precision output"
-            raise ResultError(f"{clip}: {name} needs {what}, which is not given; leave {name} out of metrics or give it")
-        try:
-            values = metric(pred_TCHW, **options) if needs == "none" else metric(pred_TCHW, reference, **options)
-        except ValueError as error:
-            raise type(error)(f"{clip}: {error}") from error
-        per_frame = tuple(float(v) for v in values)
-        if any(math.isnan(v) for v in per_frame):
-            raise ResultError(f"{clip}: {name} is NaN; such a clip has no value")
-        rows.append(
-            Row(
-                **context.model_dump(),
-                metric=name,
-                value=mean(per_frame),
-                per_frame=per_frame,
-                frames=pred_TCHW.shape[0],
-                signature=protocol.signature(name),
-            )
-        )
-    return rows
-
-
 def write(path: str | Path, rows: Iterable[Row]) -> None:
     """A file of JSON lines that appears whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_text("".join(row.line() + "\n" for row in rows))
+
+
+def write_frames(path: str | Path, rows: Iterable[Row]) -> None:
+    """A file of JSON lines with one line a clip, metric and frame; that of a pair of frames has the number of its first."""
+    keys = ("dataset", "clip", "method", "bits", "seed", "metric", "signature")
+    with atomic_path(path) as partial, partial.open("w") as file:
+        for row in rows:
+            for index, value in enumerate(row.per_frame):
+                line = {key: getattr(row, key) for key in keys} | {"frame": index, "value": _to_json(value)}
+                file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
 
 
 def append(path: str | Path, rows: Iterable[Row]) -> None:

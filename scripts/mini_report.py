@@ -228,7 +228,7 @@ def ablation(config: Config, folder: Path) -> tuple[DataFrame, dict[str, float]]
     import pandas as pd
 
     from metrics.ssim_gradient import gradient_magnitude
-    from qvsr import protocols, results
+    from qvsr import measuring, protocols, results
     from qvsr.models.pipeline import bicubic_upscale, to_uint8
     from qvsr.statistics import interval
 
@@ -249,7 +249,7 @@ def ablation(config: Config, folder: Path) -> tuple[DataFrame, dict[str, float]]
         by_clip[name] = []
         for pair, pred in zip(pairs, saved, strict=True):
             context = results.Context(backbone=config.backbone.name, method=name, bits="", seed=config.seed, dataset="", clip=pair.name)
-            measured = results.measure_clip(pred, pair.gt, None, METRICS_SHOWN, context, protocol)
+            measured = measuring.measure_clip(pred, pair.gt, None, METRICS_SHOWN, context, protocol)
             energy = (gradient_magnitude(pred).square().sum() / gradient_magnitude(pair.gt).square().sum()).item()
             by_clip[name].append({row.metric: row.value for row in measured} | {"gradient_energy": energy})
     table = []

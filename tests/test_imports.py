@@ -19,7 +19,7 @@ ROWS = (
     ("qvsr.quant", "qvsr.data", "metrics"),
     ("qvsr.quantvsr", "qvsr.plan", "qvsr.training"),
     ("qvsr.results",),
-    ("baselines", "qvsr.report"),
+    ("baselines", "qvsr.report", "qvsr.measuring"),
     ("qvsr.stages",),
     ("qvsr.cli",),
     ("qvsr.__main__",),

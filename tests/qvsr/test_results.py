@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -28,40 +27,6 @@ def row(value: float | None = 24.5, **changes: object) -> Row:
     return Row(**facts)
 
 
-def clip(seed: int, frames: int = 3) -> torch.Tensor:
-    return torch.rand((frames, 3, 64, 72), generator=torch.Generator().manual_seed(seed))
-
-
-def test_a_clip_is_measured_by_every_metric_of_the_protocol() -> None:
-    names = ["psnr", "ssim", "gmsd", "ewarp_dis", "psnr_fp", "ssim_fp"]
-    pred, gt = clip(0), (clip(0) * 0.99)
-    rows = results.measure_clip(pred, gt, pred, names, CONTEXT, STRICT)
-    assert [r.metric for r in rows] == names
-    by_name = {r.metric: r for r in rows}
-    assert [len(r.per_frame) for r in rows] == [3, 3, 3, 2, 3, 3] and {r.frames for r in rows} == {3}
-    assert by_name["psnr"].value == pytest.approx(sum(by_name["psnr"].per_frame) / 3)
-    assert by_name["psnr_fp"].value == math.inf and by_name["ssim_fp"].value == pytest.approx(1.0, abs=1e-12)
-    assert by_name["psnr"].signature.startswith("psnr|strict-v1|impl:qvsr-1|") and "colour:rgb" in by_name["ssim"].signature
-
-
-def test_frames_that_a_metric_needs_and_does_not_get() -> None:
-    with pytest.raises(ResultError, match="real/bikes, maxmin W4A4: psnr_fp needs the full-precision output, which is not given"):
-        results.measure_clip(clip(0), clip(1), None, ["psnr_fp"], CONTEXT, STRICT)
-    with pytest.raises(ResultError, match="real/bikes, maxmin W4A4: psnr needs the ground truth"):
-        results.measure_clip(clip(0), None, None, ["psnr"], CONTEXT, STRICT)
-    assert results.measure_clip(clip(0), None, None, ["ewarp_dis"], CONTEXT, STRICT)[0].frames == 3
-
-
-def test_errors_of_a_metric_name_the_clip_and_an_unknown_metric_is_corrected() -> None:
-    with pytest.raises(ValueError, match=r"real/bikes, maxmin W4A4: psnr: prediction is \(3, 3, 64, 72\), target \(2, 3, 64, 72\)"):
-        results.measure_clip(clip(0), clip(0, 2), None, ["psnr"], CONTEXT, STRICT)
-    nameless = CONTEXT.model_copy(update={"dataset": "", "method": "", "bits": ""})  # `measure` on two folders
-    with pytest.raises(ValueError, match=r"^bikes: psnr: prediction is"):
-        results.measure_clip(clip(0), clip(0, 2), None, ["psnr"], nameless, STRICT)
-    with pytest.raises(ValueError, match="no metric 'psrn'; did you mean psnr"):
-        results.measure_clip(clip(0), clip(0), None, ["psrn"], CONTEXT, STRICT)
-
-
 def test_lines_are_json_and_come_back_the_same(tmp_path: Path) -> None:
     rows = [
         row(),
@@ -75,6 +40,21 @@ def test_lines_are_json_and_come_back_the_same(tmp_path: Path) -> None:
     results.append(tmp_path / "a.jsonl", [row(clip="carphone")])
     assert [r.clip for r in results.read(tmp_path / "a.jsonl")] == ["bikes", "bikes", "bunny", "carphone"]
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_lines_by_frame(tmp_path: Path) -> None:
+    rows = [row(math.inf, metric="psnr_fp", per_frame=(math.inf, 50.0)), row(0.5, metric="dover", signature="dover|strict-v1")]
+    results.write_frames(tmp_path / "frames.jsonl", rows)
+    lines = [json.loads(line) for line in (tmp_path / "frames.jsonl").read_text().splitlines()]
+    assert [(line["clip"], line["metric"], line["frame"], line["value"]) for line in lines] == [
+        ("bikes", "psnr_fp", 0, "inf"),
+        ("bikes", "psnr_fp", 1, 50.0),
+    ]
+
+
+def test_what_was_read_stands_in_the_row() -> None:
+    inputs = {"pred": {"codec": "h264", "pixels": "yuv420p", "loss": "h264 may be lossy", "frames": 10, "size": [64, 48]}}
+    assert Row.parse(row(inputs=inputs).line()).inputs == inputs and row().inputs == {}
 
 
 def test_nan_is_no_result() -> None:

@@ -170,7 +170,7 @@ def test_a_prediction_of_another_size(finished, tmp_path):
     clips = finished / "results" / "clips" / "clips"
     arguments = ["--config", "results/config.json", "--pred", str(clips / "LQ" / "walk"), "--gt", str(clips / "GT" / "walk")]
     done = tiny.stage(finished, "measure", *arguments, "--metrics", "psnr", "--out", str(tmp_path / "out.jsonl"))
-    assert_one_line(done, "walk", "psnr: prediction is (3, 3, 16, 16), target (3, 3, 64, 64)")
+    assert_one_line(done, "walk: the prediction has 3 frames of 16x16, the ground truth 3 frames of 64x64; check upscale and the clips")
     assert_nothing_written(tmp_path / "out.jsonl")
 
 

@@ -26,16 +26,21 @@ rule measure:
         fp=lambda wildcards: plan.row_folder(wildcards.dataset, "full_precision", "W32A32", wildcards.seed),
         execution=lambda wildcards: plan.execution(wildcards.method),
         seed=lambda wildcards: plan.noise_seed(wildcards.seed),
-        settings=plan.digest("metrics", "protocol", "threads", "backbone.name"),
+        weights=plan.assets_here(),  # named, so that one that arrives makes stale what says n/a
+        cache=str(plan.output / "cache" / "metrics"),  # values by content, no output of a rule; it may be deleted at any time
+        settings=plan.digest("metrics", "protocol", "require_all", "threads", "backbone.name"),
         code=code_digest(
             "qvsr/stages/measure.py",
+            "qvsr/measuring.py",
+            "qvsr/data/assets.py",
             "qvsr/data/clips.py",
             "qvsr/results.py",
             "qvsr/protocols.py",
             "config/protocols/*.yaml",
+            "config/assets.yaml",
             "metrics/*.py",
         ),
     shell:
         "python -m qvsr measure --config {params.config} --set seed={params.seed} --pred {params.pred} --gt {params.gt} --fp {params.fp} {params.clips}"
         " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits}"
-        " --execution {params.execution} --out {output} > {log} 2>&1"
+        " --execution {params.execution} --cache {params.cache} --out {output} > {log} 2>&1"
