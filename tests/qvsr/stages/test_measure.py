@@ -228,7 +228,7 @@ def test_another_protocol_by_name_or_file(tmp_path: Path) -> None:
         run(tmp_path / "a", tmp_path / "a", tmp_path / "out.jsonl", protocol="strict-v9")
     text = (ROOT / "config" / "protocols" / "strict-v1.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("name: strict-v1", "name: mine").replace("eps: 0.0", "eps: 1.0e-8"))
-    done = command(tmp_path, "--pred", "a", "--gt", "a", "--metrics", "psnr", "--protocol", "mine.yaml", "--out", "out.jsonl")
+    command(tmp_path, "--pred", "a", "--gt", "a", "--metrics", "psnr", "--protocol", "mine.yaml", "--out", "out.jsonl")
     (row,) = results.read(tmp_path / "out.jsonl")
     assert row.signature.startswith("psnr|mine|") and row.value == pytest.approx(80.0, abs=1e-6)  # 1e-8 caps identical frames
 
