@@ -15,16 +15,18 @@ from qvsr.registry import METRICS
 
 STRICT = protocols.read("strict-v1")
 NAMES = [name for name in METRICS if not METRICS[name].facts.get("weights") and METRICS[name].facts["frames"] != "clip"]
-GREY, LIGHT = (torch.full((2, 3, 64, 72), value) for value in (0.25, 0.5))
+GREY, LIGHT = (
+    torch.full((2, 3, 64, 72), value) for value in (0.2, 0.6)
+)  # 51 and 153 of 255: no luma lies at a half, which rounds either way
 TEXTURE = torch.rand((2, 3, 64, 72), generator=torch.Generator().manual_seed(0))
-DECIBEL = 10 * math.log10(16)  # of a difference of 1/4 everywhere
+DECIBEL = -20 * math.log10(0.4)  # of a difference of 0.4 everywhere
 # SSIM of two constants a, b, from its formula: variances are 0, (2 a b + C1) / (a^2 + b^2 + C1); its frames are rounded to 8 bit.
-SSIM = (2 * 64 * 128 + 6.5025) / (64**2 + 128**2 + 6.5025)
+SSIM = (2 * 51 * 153 + 6.5025) / (51**2 + 153**2 + 6.5025)
 
 
 def gmsd() -> float:
     """From its formula: inside, no gradient and a similarity of 1; at the border frames are continued by 0, so a constant has an edge there."""
-    a, b = 64.0, 128.0  # lumas, after rounding; 64x72 pixels are averaged to 32x36
+    a, b = 51.0, 153.0  # lumas; 64x72 pixels are averaged to 32x36
     edge, corner = 1.0, math.sqrt(2) * 2 / 3  # Prewitt's response to a constant of 1
 
     def similarity(response: float) -> float:
