@@ -233,6 +233,19 @@ def test_another_protocol_by_name_or_file(tmp_path: Path) -> None:
     assert row.signature.startswith("psnr|mine|") and row.value == pytest.approx(80.0, abs=1e-6)  # 1e-8 caps identical frames
 
 
+def test_weights_that_are_not_there_are_a_row_a_line_and_on_request_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVSR_ASSETS", str(tmp_path / "none"))
+    pred, out = write(tmp_path, "a") / "a", tmp_path / "out.jsonl"
+    rows = run(pred, pred, out, metrics=["psnr", "lpips"])
+    assert results.read(out) == rows and [row.value for row in rows] == [float("inf"), None]
+    assert "python -m qvsr assets fetch alexnet" in rows[1].missing
+    assert stage.summary(rows).splitlines()[1] == f"lpips: n/a ({rows[1].missing}), 1 clip, {rows[1].signature}"
+    out.unlink()
+    with pytest.raises(results.ResultError, match="a: lpips has no value: .*python -m qvsr assets fetch alexnet"):
+        run(pred, pred, out, metrics=["psnr", "lpips"], require_all=True)
+    assert not out.exists()
+
+
 def test_require_all_is_read_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bool] = []
     monkeypatch.setattr(stage.measuring, "measure_clip", lambda *_, require_all, **__: given.append(require_all) or [])
