@@ -26,7 +26,7 @@ from tabulate import tabulate  # noqa: E402
 from update_readme import replace_between  # noqa: E402
 
 from qvsr import protocols  # noqa: E402
-from qvsr.plan import NAME, UNQUANTIZED_BITS  # noqa: E402
+from qvsr.plan import UNQUANTIZED_BITS  # noqa: E402
 
 STRICT, PAPER = "strict-v1", "paper-v1"
 ROWS = (("full_precision", UNQUANTIZED_BITS), ("quantvsr", "W4A4"))
@@ -60,7 +60,9 @@ def switches(strict: dict[str, Any], paper: dict[str, Any]) -> Iterator[Switch]:
     yield from (Switch("", key, flat[0].get(key), flat[1].get(key)) for key in flat[0] if flat[0].get(key) != flat[1].get(key))
     for metric in strict["metrics"]:
         one, other = (_flat(protocol["metrics"].get(metric, {})) for protocol in (strict, paper))
-        yield from (Switch(metric, key, one.get(key), other.get(key)) for key in {**one, **other} if other and one.get(key) != other.get(key))
+        yield from (
+            Switch(metric, key, one.get(key), other.get(key)) for key in {**one, **other} if other and one.get(key) != other.get(key)
+        )
 
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -121,7 +123,9 @@ def _qvsr(*arguments: object) -> None:
 def effects(run: Run, strict: dict[str, Any], paper: dict[str, Any]) -> list[list[str]]:
     """Lines of the table: a switch, a metric that it moves, and the means before and after."""
     full = run.frames(*ROWS[0])
-    measurable = [name for name in strict["metrics"] if strict["metrics"][name].get("weights") is not None or name not in ("dover", "fastervqa")]
+    measurable = [
+        name for name in strict["metrics"] if strict["metrics"][name].get("weights") is not None or name not in ("dover", "fastervqa")
+    ]
     before = {row: run.means(run.frames(*row), full, strict, measurable) for row in ROWS}
     lines = []
     for switch in switches(strict, paper):

@@ -17,7 +17,7 @@ rule measure:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=1100,
+        mem_mb=3500 if {"dists", "maniqa", "dover", "fastervqa"} & set(plan.config.metrics) else 1400,
     params:
         config=plan.settings_file,
         clips=lambda wildcards: [f"--clip {clip}" for clip in plan.clips(wildcards.dataset)],
@@ -28,12 +28,13 @@ rule measure:
         seed=lambda wildcards: plan.noise_seed(wildcards.seed),
         weights=plan.assets_here(),  # named, so that one that arrives makes stale what says n/a
         cache=str(plan.output / "cache" / "metrics"),  # values by content, no output of a rule; it may be deleted at any time
-        settings=plan.digest("metrics", "protocol", "require_all", "threads", "backbone.name"),
+        settings=plan.digest("metrics", "protocol", "require_all", "vsreval", "threads", "backbone.name"),
         code=code_digest(
             "qvsr/stages/measure.py",
             "qvsr/measuring.py",
             "qvsr/data/assets.py",
             "qvsr/data/clips.py",
+            "qvsr/models/flow.py",
             "qvsr/results.py",
             "qvsr/protocols.py",
             "config/protocols/*.yaml",
