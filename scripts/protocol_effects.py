@@ -123,9 +123,7 @@ def _qvsr(*arguments: object) -> None:
 def effects(run: Run, strict: dict[str, Any], paper: dict[str, Any]) -> list[list[str]]:
     """Lines of the table: a switch, a metric that it moves, and the means before and after."""
     full = run.frames(*ROWS[0])
-    measurable = [
-        name for name in strict["metrics"] if strict["metrics"][name].get("weights") is not None or name not in ("dover", "fastervqa")
-    ]
+    measurable = list(strict["metrics"])
     before = {row: run.means(run.frames(*row), full, strict, measurable) for row in ROWS}
     lines = []
     for switch in switches(strict, paper):
@@ -137,7 +135,8 @@ def effects(run: Run, strict: dict[str, Any], paper: dict[str, Any]) -> list[lis
             after = {row: run.means(run.frames(*row), full, switched(strict, switch), metrics) for row in ROWS}
         for name in metrics:
             values = [cell for row in ROWS for cell in (before[row][name], after[row][name])]
-            if switch.metric or len(set(values[:2])) + len(set(values[2:])) > 2:
+            moved = values[0] != values[1] or values[2] != values[3]
+            if moved or (switch.metric and switch.key != "clip_digits"):
                 lines.append([f"`{switch.key}`", name, _value(switch.strict), _value(switch.paper), *(_shown(v, name) for v in values)])
     return lines
 

@@ -11,6 +11,7 @@ import metrics  # noqa: F401 (fills the registry)
 from qvsr import protocols
 from qvsr.protocols import ProtocolError
 from qvsr.registry import METRICS
+from scripts.protocol_effects import switches
 
 
 def changed(tmp_path: Path, **changes: object) -> protocols.Protocol:
@@ -70,3 +71,46 @@ def test_what_is_no_protocol(tmp_path: Path) -> None:
     file.write_text("a: [")
     with pytest.raises(ProtocolError, match="broken.yaml: not YAML"):
         protocols.read(file)
+
+
+# Every quirk of the released scripts, and nothing else: (metric, "" for all of them; key): strict-v1's value, paper-v1's.
+SWITCHES = {
+    ("", "rounding"): ("round", "truncate"),
+    ("", "frames"): ("all", "common"),
+    ("psnr", "options.eps"): (0.0, 1e-8),
+    ("psnr_fp", "options.eps"): (0.0, 1e-8),
+    ("ssim", "options.colour"): ("rgb", "y"),
+    ("ssim_fp", "options.colour"): ("rgb", "y"),
+    ("ewarp", "options.images"): ("0-255", "0-1"),
+    ("ewarp", "options.unseen"): ("refuse", "zero"),
+    ("ewarp_dis", "options.unseen"): ("refuse", "zero"),
+    ("maniqa", "options.places"): ("grid", "random"),
+    ("maniqa", "options.seed"): (0, 123),
+    **{
+        (metric, "clip_digits"): (None, 4)
+        for metric in ("psnr", "ssim", "psnr_fp", "ssim_fp", "lpips", "dists", "clipiqa", "musiq", "maniqa", "niqe")
+    },
+}
+
+
+def test_the_two_protocols_differ_in_the_named_switches_alone() -> None:
+    strict, paper = (yaml.safe_load((protocols.FOLDER / f"{name}.yaml").read_text()) for name in ("strict-v1", "paper-v1"))
+    assert set(strict["metrics"]) == set(paper["metrics"]) == set(METRICS)
+    assert {(s.metric, s.key): (s.strict, s.paper) for s in switches(strict, paper)} == SWITCHES
+
+
+def test_signatures_of_the_two_protocols_differ_where_the_files_do() -> None:
+    strict, paper = protocols.read("strict-v1"), protocols.read("paper-v1")
+    for metric in METRICS:
+        parts = [dict(part.partition(":")[::2] for part in one.signature(metric).split("|")[2:]) for one in (strict, paper)]
+        differ = {key for key in {**parts[0], **parts[1]} if parts[0].get(key) != parts[1].get(key)}
+        assert differ == {key.removeprefix("options.") for name, key in SWITCHES if name in ("", metric)}, metric
+
+
+def test_every_quirk_is_explained() -> None:
+    text = (protocols.ROOT / "docs" / "protocols.md").read_text().split("## The quirks, one by one")[1].split("## ")[0]
+    for metric, key in SWITCHES:
+        if key != "clip_digits" and not metric.endswith(("_fp", "_dis")) and (metric, key) != ("maniqa", "options.seed"):
+            name = key.removeprefix("options.")
+            assert (f"| `{metric}` `{name}` |" if metric else f"| `{name}` |") in text
+    assert "| `clip_digits` |" in text
