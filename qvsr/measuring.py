@@ -4,7 +4,7 @@ A metric of single frames gets chunks of frames; one of pairs gets the last fram
 (``frames="clip"``) gets the path and reads the files itself. Values do not depend on how a clip is cut into chunks.
 
 Values may be kept in a folder, by content: SHA-256 of the pixels, the signature, the source of the metric, versions of packages. To know the
-pixels they must be decoded: with such a folder every clip is decoded once to find its values, and once more if one is missing.
+pixels they must be decoded: with such a folder a clip is decoded to find its values; a long one once more if a value is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from qvsr.results import Context, ResultError, Row, mean
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qvsr.data.clips import Frames
+
 CHUNK = 8 * 1280 * 720  # pixels of the frames that are held at a time, of each side
+KEPT = 24 * 1280 * 720  # pixels up to which a clip that was read for its digest stays in memory, as bytes, of each side
 SIDES = {"pred": "the prediction", "gt": "the ground truth", "fp": "the full-precision output"}
 
 
@@ -45,6 +48,7 @@ class _Side:
     source: Source | None = None
     frames_TCHW: Tensor | None = None
     sha256: str = field(default="", init=False)  # known after the first reading
+    kept: list[Frames] = field(default_factory=list, init=False)  # HWC uint8, of a short clip that was read for its digest
 
     @classmethod
     def of(cls, clip: Source | Tensor) -> _Side:
@@ -64,16 +68,16 @@ class _Side:
             yield from self.frames_TCHW
             return
         value = PixelDigest(self.frames, self.size)
-        for frame_HWC in read_source(self.source, value):
+        for frame_HWC in self.kept or read_source(self.source, value):
             yield torch.from_numpy(frame_HWC).permute(2, 0, 1).float().div(255)
-        self.sha256 = value.hexdigest()
+        self.sha256 = self.sha256 or value.hexdigest()
 
     def hash(self) -> str:
         """SHA-256 of the pixels; reads them, if nobody has."""
         if self.source is not None and not self.sha256:
             value = PixelDigest(self.frames, self.size)
-            for _ in read_source(self.source, value):
-                pass
+            short = self.frames * self.size[0] * self.size[1] <= KEPT
+            self.kept = [frame_HWC for frame_HWC in read_source(self.source, value) if short]
             self.sha256 = value.hexdigest()
         return self.sha256
 

@@ -272,5 +272,5 @@ def test_every_metric_states_its_facts() -> None:
     needed = {"unit", "higher_is_better", "needs", "frames", "digits", "licence"}
     for name in METRICS:
         facts = METRICS[name].facts
-        assert needed <= set(facts) <= needed | {"weights", "version"}, name
+        assert needed <= set(facts) <= needed | {"weights", "version", "program"}, name
         assert facts["needs"] in ("gt", "fp", "none") and facts["frames"] in ("each", "pairs", "clip"), name

@@ -99,6 +99,11 @@ def test_every_frame_is_decoded_once_for_all_metrics(tmp_path: Path, monkeypatch
     decoded.clear()
     measure_clip(sources[0], sources[1], sources[2], ["psnr"], CONTEXT, STRICT)
     assert len(decoded) == 10  # nobody asked for the full-precision output
+    for bound, times in ((measuring.KEPT, 1), (0, 2)):  # a long clip is not kept in memory while its values are looked for
+        decoded.clear()
+        monkeypatch.setattr(measuring, "KEPT", bound)
+        rows = measure_clip(*sources, NAMES, CONTEXT, STRICT, cache=tmp_path / f"cache{bound}")
+        assert len(decoded) == 15 * times and rows == measure_clip(*sources, NAMES, CONTEXT, STRICT)
 
 
 def test_no_more_than_a_chunk_is_held(tmp_path: Path, added: type) -> None:
