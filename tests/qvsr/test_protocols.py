@@ -11,7 +11,7 @@ import metrics  # noqa: F401 (fills the registry)
 from qvsr import protocols
 from qvsr.protocols import ProtocolError
 from qvsr.registry import METRICS
-from scripts.protocol_effects import switches
+from scripts.protocol_effects import switched, switches
 
 
 def changed(tmp_path: Path, **changes: object) -> protocols.Protocol:
@@ -114,3 +114,12 @@ def test_every_quirk_is_explained() -> None:
             name = key.removeprefix("options.")
             assert (f"| `{metric}` `{name}` |" if metric else f"| `{name}` |") in text
     assert "| `clip_digits` |" in text
+
+
+def test_a_switched_protocol_differs_in_that_switch_alone(tmp_path: Path) -> None:
+    strict, paper = (yaml.safe_load((protocols.FOLDER / f"{name}.yaml").read_text()) for name in ("strict-v1", "paper-v1"))
+    for switch in switches(strict, paper):
+        changed = switched(strict, switch)
+        assert list(switches(strict, changed)) == [switch]
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump(changed))
+        protocols.read(tmp_path / "one.yaml")
