@@ -158,6 +158,21 @@ class DegradationSettings(Settings):
         "mild", description="bicubic: reduction only; mild: one light stage; realbasicvsr: as published, with video codec"
     )
     seed: int = Field(0, description="another seed, other LQ clips")
+    order: Literal["fixed", "shuffled"] = Field(
+        "fixed",
+        description="of realbasicvsr's last steps: video codec, then the resize to the LQ size with its sinc filter (MGLD-VSR); "
+        "or either of them first (RealBasicVSR, DOVE)",
+    )
+    drift: Literal["all", "jpeg", "none"] = Field(
+        "all", description="numbers of realbasicvsr that change a little from frame to frame: all (MGLD-VSR) or the JPEG quality (DOVE)"
+    )
+
+    @model_validator(mode="after")
+    def _read_by_the_preset(self) -> DegradationSettings:
+        for key in ("order", "drift"):
+            if self.preset != "realbasicvsr" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with preset realbasicvsr only; leave it out or set that")
+        return self
 
 
 class ClipSettings(Settings):

@@ -1,8 +1,10 @@
 """Degradation against SciPy, scikit-image and Pillow; determinism; what each preset does to a picture."""
 
 import io
+import itertools
 import math
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,14 +56,14 @@ def test_sinc_kernel_passes_low_frequencies_and_stops_high_ones():
 
 def test_blur_is_scipys_convolution(frames):
     kernel = gaussian_kernel(9, 1.4, 0.7, 0.5)
-    expected = np.stack([np.dstack([ndimage.correlate(frame[..., c], kernel, mode="mirror") for c in range(3)]) for frame in frames])
-    np.testing.assert_allclose(degrade.blur(frames, kernel), expected, atol=2e-6)
+    expected = np.dstack([ndimage.correlate(frames[0, ..., c], kernel, mode="mirror") for c in range(3)])
+    np.testing.assert_allclose(degrade.blur(frames[0], kernel), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(("kernel", "filter_"), [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)])
 @pytest.mark.parametrize("size", [(32, 32), (45, 30)])
 def test_antialiased_reduction_is_pillows(frames, kernel, filter_, size):
-    reduced = degrade.reduce(frames[:1], *size, kernel)[0]
+    reduced = degrade.reduce(frames[0], *size, kernel)
     for channel in range(3):
         expected = np.asarray(Image.fromarray(frames[0, ..., channel]).resize(size[::-1], filter_))
         np.testing.assert_allclose(reduced[..., channel], expected, atol=1e-5)
@@ -80,36 +82,37 @@ def test_bicubic_preset_is_pillows_reduction(clip):
 
 
 def test_gaussian_noise_has_the_deviation_asked_for_and_gray_noise_one_value_a_pixel(frames):
-    noise = degrade.add_gaussian_noise(frames, 10, False, np.random.default_rng(0)) - frames
-    assert noise.std() * 255 == pytest.approx(10, rel=0.02)
-    gray = degrade.add_gaussian_noise(frames, 10, True, np.random.default_rng(0)) - frames
+    rng = np.random.default_rng(0)
+    noise = [degrade.add_gaussian_noise(frame, 10, False, rng) - frame for frame in frames]
+    assert np.std(noise) * 255 == pytest.approx(10, rel=0.02)
+    gray = degrade.add_gaussian_noise(frames[0], 10, True, rng) - frames[0]
     assert np.abs(gray - gray[..., :1]).max() < 1e-6
     assert np.abs(noise[0] - noise[1]).max() > 0.01  # new for each frame
 
 
 def test_poisson_noise_grows_with_brightness():
-    levels = np.broadcast_to(np.linspace(0, 1, 256, dtype=np.float32)[None, None, :, None], (1, 400, 256, 3))
+    levels = np.broadcast_to(np.linspace(0, 1, 256, dtype=np.float32)[None, :, None], (400, 256, 3))
     noise = degrade.add_poisson_noise(levels, 1.0, False, np.random.default_rng(0)) - levels
-    deviation = noise[0].std(axis=(0, 2))
+    deviation = noise.std(axis=(0, 2))
     np.testing.assert_allclose(deviation[64::64] ** 2, np.linspace(0, 1, 256)[64::64] / 256, rtol=0.15)  # variance of a count / 256
 
 
 def test_jpeg_step_loses_what_pillows_jpeg_loses(clip, frames):
-    step = degrade.compress_jpeg(frames, 40)
+    step = degrade.compress_jpeg(frames[0], 40)
     buffer = io.BytesIO()
     Image.fromarray(clip[0]).save(buffer, "JPEG", quality=40)
     pillow = np.asarray(Image.open(buffer))
-    ours = metrics.peak_signal_noise_ratio(clip[0], degrade.to_uint8(step)[0])
+    ours = metrics.peak_signal_noise_ratio(clip[0], degrade.to_uint8(step))
     assert ours == pytest.approx(metrics.peak_signal_noise_ratio(clip[0], pillow), abs=0.5)
 
 
 @pytest.mark.parametrize("codec", degrade.CODECS)
 def test_video_step_keeps_frames_and_odd_sizes_and_obeys_the_bitrate(frames, codec):
     odd = np.concatenate([frames[:, :101, :99]] * 8)  # MPEG-4's rate control needs about 20 frames to take hold
-    coarse, fine = (degrade.compress_video(odd, codec, rate) for rate in (1e4, 2e6))
+    coarse, fine = (np.stack(degrade.compress_video(odd, codec, bitrate, 24)) for bitrate in (1e4, 2e6))
     assert coarse.shape == fine.shape == odd.shape
     assert np.abs(fine - odd).mean() < np.abs(coarse - odd).mean()
-    np.testing.assert_array_equal(coarse, degrade.compress_video(odd, codec, 1e4))
+    np.testing.assert_array_equal(coarse, degrade.compress_video(odd, codec, 1e4, 24))
 
 
 @pytest.mark.parametrize("preset", ["bicubic", "mild", "realbasicvsr"])
@@ -149,17 +152,107 @@ def test_published_parameters():
     assert (first["noise"]["gaussian_sigma"], second["noise"]["gaussian_sigma"]) == ([1, 30], [1, 25])
     assert (first["jpeg"]["quality"], second["jpeg"]["quality"]) == ([30, 95], [30, 95])
     assert first["codec"]["bitrate"] == second["codec"]["bitrate"] == [1e4, 1e5]
+    assert first["codec"]["rate"] == second["codec"]["rate"] == 1  # so that the bits of a second are those of a frame
+    steps = {"sigma": 0.02, "angle": 0.31416, "beta_generalized": 0.05, "beta_plateau": 0.1, "cutoff": 0.0628}  # MGLD-VSR's settings
+    assert first["blur"]["drift"] == second["blur"]["drift"] == steps
+    assert (first["resize"]["drift"], second["resize"]["drift"]) == ({"scale": 0.015}, {"scale": 0.03})
+    assert first["noise"]["drift"] == second["noise"]["drift"] == {"gaussian_sigma": 0.1, "poisson_scale": 0.005}
+    assert first["jpeg"]["drift"] == second["jpeg"]["drift"] == {"quality": 3}
 
 
 def test_every_kind_of_kernel_is_drawn_as_often_as_published():
     blur = degrade.RECIPES["realbasicvsr"]["stages"][0]["blur"]
     rng = np.random.default_rng(0)
-    kernels = [degrade.draw_kernel(rng, blur) for _ in range(2000)]
+    kernels = [degrade.draw_kernels(rng, blur, 1)[0] for _ in range(2000)]
     for kernel in kernels:
         assert kernel.sum() == pytest.approx(1)
         assert len(kernel) in blur["sizes"]
     ringing = np.mean([kernel.min() < -1e-6 for kernel in kernels])
     assert ringing == pytest.approx(0.1, abs=0.03)  # only sinc kernels have negative lobes
+
+
+def test_the_default_recipe_and_bytes_stay_as_published_with_the_first_results(clip):
+    """The committed numbers are of these LQ frames: the chain in its first form, step by step on the whole clip."""
+    assert recipe_digest(DegradationSettings()) == "856b0902fe05468b"
+    assert degrade.describe(DegradationSettings()) == {"preset": "mild", "seed": 0, "upscale": 4, "digest": "856b0902fe05468b"}
+    for key in ("a", "b", "c"):
+        rng = generator(0, key)
+        rng.random()
+        isotropic = rng.choice(2, p=[0.7, 0.3]) == 0
+        size, sigma_x = int(rng.choice([7, 9, 11])), rng.uniform(0.6, 1.4)
+        sigma_y, angle = (sigma_x, 0) if isotropic else (rng.uniform(0.6, 1.4), rng.uniform(-math.pi, math.pi))
+        kernel = gaussian_kernel(size, sigma_x, sigma_y, angle).astype(np.float32)
+        frames = [cv2.filter2D(frame / np.float32(255), -1, kernel, borderType=cv2.BORDER_REFLECT_101) for frame in clip]
+        interpolation = rng.choice(["bilinear", "area", "bicubic"])
+        frames = np.stack([degrade.reduce(frame, 32, 32, interpolation) for frame in frames])
+        _, gray, sigma = rng.random(), rng.random() < 0.4, rng.uniform(1, 4)
+        noise = rng.standard_normal((3, 32, 32, 1 if gray else 3), dtype=np.float32) * np.float32(sigma / 255)
+        noisy = (np.clip(frames + noise, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(75, 96))]
+        coded = [cv2.imencode(".jpg", np.ascontiguousarray(frame[..., ::-1]), quality)[1] for frame in noisy]
+        expected = np.stack([cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1] for data in coded])
+        np.testing.assert_array_equal(degrade_clip(clip, DegradationSettings(), key), expected)
+
+
+def test_a_walk_keeps_its_steps_and_bounds():
+    values = degrade.walk(np.random.default_rng(0), 0.5, 0.1, (0.4, 1.0), 400)
+    assert np.abs(np.diff(values)).max() <= 0.1
+    assert (min(values), max(values)) == (0.4, 1.0)  # both are reached in 400 steps
+    assert degrade.walk(np.random.default_rng(0), 0.5, 0.0, (0, 1), 3) == [0.5] * 3
+
+
+@pytest.mark.parametrize("kind", list(degrade.RECIPES["realbasicvsr"]["stages"][0]["blur"]["kinds"]))
+def test_kernels_drift_within_a_clip(kind):
+    blur = {**degrade.RECIPES["realbasicvsr"]["stages"][0]["blur"], "kinds": {kind: 1.0}}
+    kernels = degrade.draw_kernels(np.random.default_rng(3), blur, 5)
+    assert len({kernel.shape for kernel in kernels}) == 1
+    steps = [np.abs(after - before).sum() for before, after in itertools.pairwise(kernels)]
+    assert all(0 < step < 0.5 for step in steps)  # of a kernel's whole weight of 1
+    steady = degrade.draw_kernels(np.random.default_rng(3), {k: v for k, v in blur.items() if k != "drift"}, 5)
+    np.testing.assert_array_equal(steady[0], steady[4])
+    np.testing.assert_array_equal(steady[0], kernels[0])
+
+
+def test_drift_and_order_are_other_recipes_and_other_frames(clip):
+    made, digests = {}, set()
+    for order in ("fixed", "shuffled"):
+        for drift in ("all", "jpeg", "none"):
+            settings = DegradationSettings(preset="realbasicvsr", order=order, drift=drift)
+            made[order, drift] = np.stack([degrade_clip(clip, settings, str(key)) for key in range(4)])
+            digests.add(recipe_digest(settings))
+            assert degrade.describe(settings).items() >= {"order": order, "drift": drift, "digest": recipe_digest(settings)}.items()
+    assert len(digests) == 6
+    for order in ("fixed", "shuffled"):
+        assert (made[order, "all"] != made[order, "none"]).any()
+        assert (made[order, "jpeg"] != made[order, "none"]).any()
+    assert (made["fixed", "none"] != made["shuffled", "none"]).any()
+
+
+def test_shuffled_steps_put_the_codec_last_in_half_of_the_clips(clip, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(degrade, "compress_video", lambda frames, *_: sizes.append(frames[0].shape) or list(frames))
+    for key in range(40):
+        degrade_clip(clip, DegradationSettings(preset="realbasicvsr", order="shuffled", drift="none"), str(key))
+    last = [size == (32, 32, 3) for size in sizes[1::2]]
+    assert 10 < sum(last) < 30  # within three standard deviations of half of 40
+
+
+def test_frames_that_drifted_apart_become_one_size_in_the_video_step(frames):
+    sizes = [frames[0], frames[1][:120, :116], frames[2]]
+    assert [frame.shape for frame in degrade.compress_video(sizes, "libx264", 1e5, 1)] == [(128, 128, 3)] * 3
+
+
+def test_a_frame_s_bits_are_those_of_a_second_at_one_frame_a_second(frames):
+    """24 frames a second at the published bitrates leave each a 24th of the bits."""
+    clip = np.concatenate([frames] * 4)
+    slow, fast = (np.stack(degrade.compress_video(clip, "libx264", 2e4, rate)) for rate in (1, 24))
+    assert np.abs(slow - clip).mean() < 0.7 * np.abs(fast - clip).mean()
+
+
+def test_order_and_drift_belong_to_the_published_preset():
+    for key, value in (("order", "shuffled"), ("drift", "none")):
+        with pytest.raises(ValueError, match=f"{key} is read with preset realbasicvsr only; leave it out or set that"):
+            DegradationSettings(**{key: value})
 
 
 def test_recipe_digest_names_everything_that_decides():
