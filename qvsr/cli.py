@@ -36,6 +36,10 @@ app.add_typer(config_app, name="config")
 assets_app = typer.Typer(no_args_is_help=True, help="Weights that metrics read: list, fetch, check and import them.")
 app.add_typer(assets_app, name="assets")
 
+dataset_app = typer.Typer(no_args_is_help=True, help="The paper's data sets: build them from unpacked archives, and check them.")
+app.add_typer(dataset_app, name="dataset")
+
+PAPER = Path("config/paper.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", help="settings, YAML or the run's config.json")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY.KEY=VALUE (YAML), wins over the file; may be repeated")]
 Out = Annotated[Path, typer.Option("--out", help="appears whole or not at all")]
@@ -178,6 +182,36 @@ def assets_import(
         typer.echo(f"{one.name}: {one.outcome}, {one.file}{': ' + one.why if one.why else ''}")
     if any(one.outcome == "damaged" for one in done):
         raise typer.Exit(1)
+
+
+@dataset_app.command("build")
+def dataset_build(
+    dataset: Annotated[str, typer.Argument(help="name in the settings, such as reds4")],
+    source: Annotated[Path, typer.Option("--from", help="folder of unpacked archives; searched below too")],
+    lq_source: Annotated[Path | None, typer.Option("--lq-from", help="that of the LQ frames, where it is another")] = None,
+    config: Annotated[Path, typer.Option("--config", help="settings, YAML")] = PAPER,
+    set_: SetOption = None,
+) -> None:
+    """Build a data set of the paper into GT/CLIP and LQ/CLIP, and record its digests."""
+    from qvsr.stages import dataset as stage
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    stage.build(settings(config, set_), dataset, source, lq_source)
+
+
+@dataset_app.command("check")
+def dataset_check(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(help="names in the settings; default: all of the paper's and all paired ones")
+    ] = None,
+    config: Annotated[Path, typer.Option("--config", help="settings, YAML")] = PAPER,
+    set_: SetOption = None,
+) -> None:
+    """Check data sets: clips, frames, sizes, shifts between LQ and ground truth, digests; exit code 1 if one has a fault."""
+    from qvsr.stages import dataset as stage
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    stage.check(settings(config, set_), datasets or [])
 
 
 @app.command("schema")

