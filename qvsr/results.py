@@ -6,6 +6,7 @@ that contains one is inf, and it has no interval. NaN is refused when a row is m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -53,7 +54,7 @@ class Context(Settings):
     dataset: str
     clip: str
     limit: int | None = Field(None, description="set when only the first clips of the data set are used")
-    provenance: dict[str, Any] = Field(default_factory=dict, description="code digest, versions, device")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="code digest, versions, device, lq: the draw of the LQ frames")
 
 
 class Row(Context):
@@ -273,6 +274,34 @@ def by_clip(group: Group) -> dict[str, float | None]:
 def key_of(summary: Summary) -> Key:
     """What identifies a summary."""
     return (summary.backbone, summary.dataset, summary.method, summary.bits, summary.execution, summary.metric)
+
+
+def lq_draws(rows: Iterable[Row]) -> dict[str, str]:
+    """Which draw of LQ frames each data set's numbers are of, where the rows say it: recipe and digest.
+
+    Frames that were given have a digest a clip; theirs is the digest of all.
+
+    Raises:
+        ResultError: rows of one clip that are of two draws.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        if "lq" in row.provenance:
+            draw = found[row.dataset].setdefault(row.clip, row.provenance["lq"])
+            if draw != row.provenance["lq"]:
+                raise ResultError(
+                    f"{row.dataset}/{row.clip}: LQ frames are {draw} in one row and {row.provenance['lq']} for {row.method} {row.bits}; "
+                    "numbers from different LQ draws do not compare, restore and measure them again"
+                )
+    return {dataset: _one_draw(by_clip) for dataset, by_clip in sorted(found.items())}
+
+
+def _one_draw(by_clip: Mapping[str, str]) -> str:
+    draws = sorted(set(by_clip.values()))
+    if len(draws) == 1:
+        return draws[0]
+    kinds = sorted({draw.split()[0] for draw in draws})
+    return f"{' and '.join(kinds)} {hashlib.sha256(json.dumps(by_clip, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def describe(key: Sequence[str]) -> str:

@@ -615,6 +615,19 @@ def read_source(source: Source, value: PixelDigest) -> Iterator[Frames]:
         raise ClipError(f"{source.path}: {seen} frames could be decoded of {source.frames}; {_UNDAMAGED}")
 
 
+def lq_draw(info: Mapping[str, Any]) -> str:
+    """Which draw of LQ frames a clip is of, by its ``clip.json``: recipe and digest; empty where that does not say.
+
+    >>> lq_draw({"recipe": {"degradation": {"preset": "mild", "digest": "856b0902fe05468b"}}})
+    'mild 856b0902fe05468b'
+    """
+    recipe = info.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return ""
+    made, given = recipe.get("degradation"), recipe.get("given")
+    return f"{made['preset']} {made['digest']}" if made else f"given {given['digest']}" if given else ""
+
+
 # --- pairs -------------------------------------------------------------------------------------------------------------
 
 

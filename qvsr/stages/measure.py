@@ -63,7 +63,7 @@ def run(
             dataset=dataset,
             clip=name,
             limit=config.datasets[dataset].limit if dataset in config.datasets else None,
-            provenance=head(),
+            provenance=head() | ({"lq": draw} if (draw := sides["pred"].info.get("lq")) else {}),
         )
         rows += measuring.measure_clip(
             sides["pred"], sides.get("gt"), sides.get("fp"), config.metrics, context, protocol, require_all=config.require_all, cache=cache

@@ -59,4 +59,6 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
         with progress(f"restore {name} {method} {bits}") as report:
             pieces = list(restore_segments(backbone, frames_TCHW, config.sampling, noise, flow, progress=report, clip=name))
     frames_THWC = torch.cat([to_uint8(piece, config.sampling.rounding) for piece in pieces]).numpy()
-    clips.write_clip(out, frames_THWC, {"source": name, "fps": source.info.get("fps"), "method": method, "bits": bits})
+    draw = clips.lq_draw(source.info)
+    known = {"lq": draw} if draw else {}
+    clips.write_clip(out, frames_THWC, {"source": name, "fps": source.info.get("fps"), "method": method, "bits": bits, **known})

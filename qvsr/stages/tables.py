@@ -46,7 +46,7 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         settings[method, bits] = row_setting(header)
     call = f"one segment of {config.backbone.unet.num_frames} frames on a latent tile of {config.sampling.tile}×{config.sampling.tile}"
     with atomic_path(out) as partial:
-        write_metrics(partial, summaries, variant_notes(config), settings, links)
+        write_metrics(partial, summaries, [*variant_notes(config), *lq_notes(rows)], settings, links)
         if compared:
             comparisons.write(partial, compared)
         if published:
@@ -68,6 +68,12 @@ def described(config: Config, checkpoints: Sequence[Path]) -> tuple[Facts, list[
         unet = quantized.load(checkpoint, load_backbone(config.backbone).unet)
         found.append((quantized.read_header(checkpoint), measured_facts(unet, config)))
     return full, found
+
+
+def lq_notes(rows: Sequence[results.Row]) -> list[str]:
+    """Which draw of LQ frames the numbers are of."""
+    draws = ", ".join(f"{dataset} {draw}" for dataset, draw in results.lq_draws(rows).items())
+    return [f"LQ frames (recipe and digest): {draws}. Numbers from different LQ draws do not compare."] if draws else []
 
 
 def variant_notes(config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -55,6 +56,22 @@ def test_lines_by_frame(tmp_path: Path) -> None:
 def test_what_was_read_stands_in_the_row() -> None:
     inputs = {"pred": {"codec": "h264", "pixels": "yuv420p", "loss": "h264 may be lossy", "frames": 10, "size": [64, 48]}}
     assert Row.parse(row(inputs=inputs).line()).inputs == inputs and row().inputs == {}
+
+
+def test_lq_draws() -> None:
+    def of(draw: str, clip: str = "bikes", **changes: object) -> Row:
+        return row(clip=clip, provenance={"lq": draw}, **changes)
+
+    made = [of("mild 856b0902fe05468b", clip) for clip in "ab"]
+    given = [of("given 00aa", "a", dataset="reds4"), of("given 00bb", "b", dataset="reds4")]
+    found = results.lq_draws([*made, *given, row(dataset="others")])
+    assert (list(found), found["real"]) == (["real", "reds4"], "mild 856b0902fe05468b")
+    assert found["reds4"] == "given " + hashlib.sha256(b'{"a": "given 00aa", "b": "given 00bb"}').hexdigest()[:16]
+    assert results.lq_draws(given[::-1]) == {"reds4": found["reds4"]}
+    with pytest.raises(
+        ResultError, match=r"real/a: LQ frames are mild 856b0902fe05468b in one row and bicubic 12 for quarot W6A6; numbers from different"
+    ):
+        results.lq_draws([*made, of("bicubic 12", "a", method="quarot", bits="W6A6")])
 
 
 def test_nan_is_no_result() -> None:

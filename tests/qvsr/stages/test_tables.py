@@ -31,7 +31,7 @@ def tables(folder: Path, clips: int = 4, **changes: object) -> Path:
         for (method, bits), value in PSNR.items()
         for i in range(clips)
     ]  # fmt: skip
-    results.write(folder / "rows.jsonl", rows)
+    results.write(folder / "rows.jsonl", rows)  # makes the folder
     config = load(ROOT / "config" / "default.yaml", {"metrics": ["psnr"], "methods": ["maxmin", "quantvsr"]})
     stage.run(config, [folder / "rows.jsonl"], [], folder / "tables")
     return folder / "tables"
@@ -45,6 +45,14 @@ def test_on_the_paper_s_data_there_is_a_table_against_it(tmp_path: Path) -> None
     assert "### REDS4 against arXiv 2508.04485, Table 3: 2 of 3 numbers within tolerance" in against
     assert "| W4A4   | maxmin         | psnr   | 16.00 | 16.18 |      -0.18 |      0.05 | outside |" in against
     assert "- 4 clips: the smallest p that the test can give is 2/2^4 = 0.125" in (out / "comparisons.md").read_text()  # REDS4 has four
+
+
+def test_a_footnote_says_which_draw_of_lq_frames_the_numbers_are_of(tmp_path: Path) -> None:
+    out = tables(tmp_path, provenance={"lq": "realbasicvsr 0123456789abcdef"})
+    note = "LQ frames (recipe and digest): reds4 realbasicvsr 0123456789abcdef. Numbers from different LQ draws do not compare."
+    assert f"- {note}\n" in (out / "metrics.md").read_text()
+    assert note in (out / "metrics.tex").read_text()
+    assert "LQ draws do not compare" not in (tables(tmp_path / "unknown") / "metrics.md").read_text()
 
 
 @pytest.mark.parametrize("changes", [{"backbone": "mgld-mini"}, {"signature": STRICT.signature("psnr")}, {"dataset": "mine"}])
