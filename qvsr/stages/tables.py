@@ -50,7 +50,7 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         if compared:
             comparisons.write(partial, compared)
         if published:
-            paper.write(partial, published, left_out)
+            paper.write(partial, published, [*left_out, *lq_notes(rows)])
         write_cost(partial, costs, call, config.methods)
         if cards:
             write_fairness(partial, cards, config.methods)

@@ -52,6 +52,7 @@ def test_a_footnote_says_which_draw_of_lq_frames_the_numbers_are_of(tmp_path: Pa
     note = "LQ frames (recipe and digest): reds4 realbasicvsr 0123456789abcdef. Numbers from different LQ draws do not compare."
     assert f"- {note}\n" in (out / "metrics.md").read_text()
     assert note in (out / "metrics.tex").read_text()
+    assert f"- {note}\n" in (out / "paper.md").read_text()
     assert "LQ draws do not compare" not in (tables(tmp_path / "unknown") / "metrics.md").read_text()
 
 
