@@ -278,15 +278,14 @@ def _check_names(report: Report, names: Sequence[str], settings: DatasetSettings
     """Compare a folder's clips with those published; what the settings choose has been chosen."""
     if settings.clips or settings.limit is not None:
         report.remarks.append(f"{report.dataset}: the settings choose {expected_clips(settings)} of {published.count} clips")
-    elif published.clips and not set(published.clips) <= set(names):
+    elif "clips" in published.certain:
         missing = sorted(set(published.clips) - set(names))
-        report.add("clips" in published.certain, f"{report.dataset}: clip {', '.join(missing)} of {published.title} is missing")
-    elif not published.clips and len(names) != published.count:
-        report.add(
-            True,
-            f"{report.dataset}: {len(names)} clips, {published.title} has {published.count}: {_some(names)}; complete it, or choose clips",
-        )
-    if not published.clips or "clips" not in published.certain:
+        if missing:
+            report.errors.append(f"{report.dataset}: clip {', '.join(missing)} of {published.title} is missing")
+    elif len(names) != published.count:
+        has = f"{published.title} has {published.count}: {_some(names)}"
+        report.errors.append(f"{report.dataset}: {len(names)} clips, {has}; complete it, or choose clips")
+    if "clips" not in published.certain:
         report.remarks.append(f"{report.dataset}: which clips are {published.title}'s is not published; taken are those found")
 
 

@@ -165,14 +165,22 @@ def _has_frames(folder: Path) -> bool:
 def _published(settings: DatasetSettings, folder: Path, dataset: str) -> dict[str, str]:
     """The clips that were built; of a set that was not, those published, so that a run can be planned without it."""
     published, manifest = PUBLISHED[settings.kind], read_manifest(folder)
-    names = sorted(manifest["clips"]) if manifest is not None and "clips" not in published.certain else list(published.clips)
+    if manifest is None or "clips" in published.certain:
+        names = list(published.clips)
+    else:
+        names = sorted(manifest["clips"])
+        needed = min(published.count, settings.limit or published.count)
+        if len(names) < needed:  # a build that was stopped must not become a mean over fewer clips
+            raise DatasetError(f"datasets.{dataset}.path: {folder} was built with {len(names)} of {needed} clips; {_build_it(dataset)}")
     if not names:
-        raise DatasetError(f"datasets.{dataset}.path: {folder} has no {MANIFEST}, and {_build_it(dataset)}")
+        raise DatasetError(
+            f"datasets.{dataset}.path: {folder} has no {MANIFEST}, and its clips have no published names; {_build_it(dataset)}"
+        )
     return {name: name for name in names}
 
 
 def _build_it(dataset: str) -> str:
-    return f"its clips have no published names: python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives"
+    return f"python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives"
 
 
 def made_by(settings: DatasetSettings) -> dict[str, Any]:
@@ -389,10 +397,7 @@ def _recorded(settings: DatasetSettings, dataset: str, folder: Path, part: str, 
     manifest = read_manifest(settings.path)
     record = (manifest or {"clips": {}})["clips"].get(chosen.source)
     if manifest is None or record is None:
-        raise DatasetError(
-            f"datasets.{dataset}: clip {chosen.source} is not in {settings.path / MANIFEST}: "
-            f"python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives"
-        )
+        raise DatasetError(f"datasets.{dataset}: clip {chosen.source} is not in {settings.path / MANIFEST}; {_build_it(dataset)}")
     check_made(manifest, settings, dataset)
     whole = read_clip(folder)
     if whole.info.get("sha256") != record[part.lower()]["sha256"]:

@@ -138,12 +138,33 @@ def test_spmcs_has_a_folder_truth_a_clip_and_lq_frames_elsewhere(tmp_path):
     settings = config("spmcs", tmp_path / "built")
     assert expected_clips(settings.datasets["mine"]) == 3
     with pytest.raises(
-        DatasetError, match=r"has no manifest.json, and its clips have no published names: python -m qvsr dataset build mine"
+        DatasetError, match=r"has no manifest.json, and its clips have no published names; python -m qvsr dataset build mine"
     ):
         clip_names(settings, "mine")
     report = build(settings, "mine", tmp_path / "in", tmp_path / "lq", silent)
     assert clip_names(settings, "mine") == ["car05_001", "hk001_001", "jvc_004_001"]
     assert report.remarks == ["mine: which clips are SPMCS's is not published; taken are those found"]
+
+
+@pytest.mark.parametrize("kind", ["spmcs", "reds30"])
+def test_a_build_that_was_stopped_is_no_smaller_set(tmp_path, kind):
+    facts = PUBLISHED[kind]
+    names = facts.clips[:3] or ("a", "b", "c")
+    PUBLISHED[kind] = replace(facts, count=3)  # the fixture puts it back
+    archives, settings = authors_copy(tmp_path / "data", kind, names), config(kind, tmp_path / "built")
+
+    def stop(line):
+        if names[1] in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(settings, "mine", archives, say=stop)
+    with pytest.raises(DatasetError, match=r"built was built with 2 of 3 clips; python -m qvsr dataset build mine --from FOLDER makes it"):
+        clip_names(settings, "mine")
+    assert clip_names(config(kind, tmp_path / "built", limit=2), "mine") == list(names[:2])
+    assert check(settings, "mine").errors == [f"mine: 2 clips, {facts.title} has 3: {names[0]}, {names[1]}; complete it, or choose clips"]
+    build(settings, "mine", archives, say=silent)
+    assert clip_names(settings, "mine") == list(names)
 
 
 def test_places_of_ones_own(tmp_path):
@@ -286,7 +307,7 @@ def test_digests_of_the_first_build_are_enforced(reds4, tmp_path):
 
 def test_what_was_not_built_is_refused(reds4, tmp_path):
     settings, archives = reds4
-    with pytest.raises(DatasetError, match=r"clip 000 is not in .*manifest.json: python -m qvsr dataset build mine --from FOLDER"):
+    with pytest.raises(DatasetError, match=r"clip 000 is not in .*manifest.json; python -m qvsr dataset build mine --from FOLDER"):
         build_clip(settings, "mine", "000", tmp_path / "GT", tmp_path / "LQ")
     with pytest.raises(DatasetError, match=r"no folder .*built/GT; python -m qvsr dataset build mine makes it"):
         check(settings, "mine")
