@@ -21,7 +21,7 @@ from qvsr import plan
 from qvsr.config import Config, ConfigError, explain, schema
 from qvsr.method_settings import PluginSettings
 from qvsr.provenance import atomic_path
-from qvsr.registry import BASELINES, load_plugin
+from qvsr.registry import BASELINES, load_plugin, suggest
 
 app = typer.Typer(
     name="qvsr",
@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check settings, or write them out with all defaults.")
 app.add_typer(config_app, name="config")
-assets_app = typer.Typer(no_args_is_help=True, help="Weights that metrics read: list, fetch, check and import them.")
+assets_app = typer.Typer(no_args_is_help=True, help="Weights and data sets from elsewhere: list, fetch, check and import them.")
 app.add_typer(assets_app, name="assets")
 
 dataset_app = typer.Typer(no_args_is_help=True, help="The paper's data sets: build them from unpacked archives, and check them.")
@@ -120,13 +120,20 @@ def config_write(
 
 @assets_app.command("status")
 def assets_status(json_: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """List every file of weights: whether it is here, what needs it, its licence and source. It looks at sizes; `verify` reads the files."""
+    """List every file: whether it is here, what needs it, its licence and source. It looks at sizes; `verify` reads the files."""
     from qvsr.data import assets
 
     users = {name: plan.users_of(name) for name in assets.read()}
     if json_:
         rows = [
-            {"name": name, "state": assets.glance(one), "path": str(one.path), "metrics": users[name], **one.model_dump(mode="json")}
+            {
+                "name": name,
+                "state": assets.glance(one),
+                "path": str(one.path),
+                "metrics": users[name],
+                "recorded": assets.recorded(one),
+                **one.model_dump(mode="json"),
+            }
             for name, one in assets.read().items()
         ]
         typer.echo(json.dumps(rows, indent=1))
@@ -134,9 +141,11 @@ def assets_status(json_: Annotated[bool, typer.Option("--json", help="for progra
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "file", "", "size", "for", "licence", "source", title=f"Weights in {assets.shown(assets.folder())}")
+    table = Table("name", "file", "", "size", "for", "licence", "source", title=f"Files in {assets.shown(assets.folder())}")
     for name, one in assets.read().items():
-        table.add_row(name, one.file, assets.glance(one), assets.size(one.bytes), ", ".join(users[name]), one.licence, one.source)
+        size = f"{'' if one.bytes or not one.expected else 'about '}{assets.size(one.expected)}"
+        source = one.source if one.urls else f"by hand: {one.source}"
+        table.add_row(name, one.path.name, assets.glance(one), size, ", ".join(users[name]) or one.group, one.licence, source)
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
@@ -144,29 +153,47 @@ def assets_status(json_: Annotated[bool, typer.Option("--json", help="for progra
 def assets_fetch(
     names: Annotated[list[str] | None, typer.Argument(help="names as in `status`, or of the files")] = None,
     metrics: Annotated[str | None, typer.Option(help="what these metrics need, separated by commas")] = None,
+    group: Annotated[str | None, typer.Option(help="metrics, backbone or datasets: all files of this group")] = None,
     all_: Annotated[bool, typer.Option("--all", help="every file")] = False,
     progress: Annotated[bool, typer.Option(help="draw bars")] = True,
 ) -> None:
-    """Download files of weights that are not here; each appears whole and checked, or not at all."""
+    """Download files that are not here; each appears whole and checked, or not at all. What must be got by hand is named; exit code 1."""
     from qvsr.data import assets
 
-    wanted = [*(names or []), *plan.assets_of(metrics.split(",") if metrics else []), *(assets.read() if all_ else [])]
+    known = assets.read()
+    groups = {name: one.group for name, one in known.items()}
+    if group and group not in groups.values():
+        raise ConfigError(suggest("group", group, set(groups.values())))
+    of_group = [name for name in known if all_ or groups[name] == group]
+    wanted = [*(names or []), *plan.assets_of(metrics.split(",") if metrics else []), *of_group]
     if not wanted:
-        raise ConfigError(f"nothing to fetch: give names ({', '.join(assets.read())}), --metrics or --all")
-    for name in dict.fromkeys(assets.get(one)[0] for one in wanted):  # a wrong name before anything is downloaded
-        typer.echo(f"{name}: {assets.shown(assets.fetch(name, progress))}")
+        raise ConfigError(f"nothing to fetch: give names ({', '.join(known)}), --metrics, --group or --all")
+    chosen = list(dict.fromkeys(assets.get(one)[0] for one in wanted))  # a wrong name before anything is downloaded
+    failed = []
+    for name in chosen:
+        try:
+            typer.echo(f"{name}: {assets.shown(assets.fetch(name, progress))}")
+        except assets.AssetError as error:  # the others are fetched all the same
+            failed.append(str(error))
+    for reason in failed:
+        typer.echo(f"error: {reason}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @assets_app.command("verify")
 def assets_verify() -> None:
-    """Read every file that is here and compare its SHA-256; exit code 1 if one is damaged."""
+    """Read every file that is here and compare its SHA-256, or record it where none is known; exit code 1 if one is damaged."""
     from qvsr.data import assets
 
-    states = {name: assets.state(one) for name, one in assets.read().items()}
-    for name, state in states.items():
-        reason = f": {assets.fault(assets.get(name)[1], assets.get(name)[1].path)}" if state == "damaged" else ""
-        typer.echo(f"{name}: {state}{reason}")
-    if "damaged" in states.values():
+    states = []
+    for name, one in assets.read().items():
+        states.append(assets.state(one))
+        reason = f": {assets.check(one)}" if states[-1] == "damaged" else ""
+        typer.echo(f"{name}: {states[-1]}{reason}")
+        if states[-1] == "here":
+            assets.record(one)
+    if "damaged" in states:
         raise typer.Exit(1)
 
 
@@ -174,7 +201,7 @@ def assets_verify() -> None:
 def assets_import(
     source: Annotated[Path, typer.Option("--from", help="folder with files brought from elsewhere; searched below too")],
 ) -> None:
-    """Copy files of weights from a folder, recognised by their names and checked: for machines without network."""
+    """Copy files from a folder, recognised by their names and checked, and unpack archives: for machines without network."""
     from qvsr.data import assets
 
     done = assets.import_from(source)

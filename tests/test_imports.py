@@ -14,6 +14,7 @@ ROWS = (
     ("qvsr", "qvsr.registry", "qvsr.progress", "qvsr.settings", "qvsr.statistics"),
     ("qvsr.method_settings",),
     ("qvsr.config", "qvsr.provenance"),
+    ("qvsr.data.archives", "qvsr.data.download"),
     ("qvsr.data.assets",),
     ("qvsr.models", "qvsr.kernels", "qvsr.protocols"),
     ("qvsr.quant", "qvsr.data", "metrics"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,10 @@ import yaml
 from typer.testing import CliRunner
 
 from qvsr import cli, protocols
-from qvsr.data import assets
+from qvsr.data import assets, download
 from qvsr.data.assets import AssetError, MissingError
 from qvsr.provenance import ROOT
+from tests.qvsr.data.server import Server
 
 CONTENT = {"one.pth": b"first weights", "two.pth": b"second weights"}
 SHA = {name: hashlib.sha256(data).hexdigest() for name, data in CONTENT.items()}
@@ -30,18 +30,8 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder and the address at which this machine serves it."""
     root = tmp_path / "served"
     root.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments, directory=str(root))
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield root, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with Server(root) as server:
+        yield root, server.url
 
 
 @pytest.fixture
@@ -63,6 +53,7 @@ def listed(tmp_path: Path, served: tuple[Path, str], monkeypatch: pytest.MonkeyP
     folder = tmp_path / "here"
     monkeypatch.setattr(assets, "read", lambda path=file, real=assets.read: real(path))
     monkeypatch.setenv("QVSR_ASSETS", str(folder))
+    monkeypatch.setattr(download, "WAIT", 0)
     return folder
 
 
@@ -85,14 +76,30 @@ def test_the_shipped_list_says_where_everything_comes_from() -> None:
         digits = [
             part for part in Path(one.file).stem.replace("_", "-").split("-") if len(part) == 8 and set(part) <= set("0123456789abcdef")
         ]
-        assert not digits or one.sha256.startswith(digits[-1]), f"{name}: the file's name carries other digits"
+        assert not digits or (one.sha256 or "").startswith(digits[-1]), f"{name}: the file's name carries other digits"
+        assert one.citation and one.licence and (one.urls or one.by_hand), name
+        assert one.sha256 or one.group != "metrics", f"{name}: a metric's number hangs on its weights, so they are pinned"
+
+
+def test_the_shipped_list_has_all_of_the_paper() -> None:
+    table = assets.read()
+    assert {name for name, one in table.items() if one.group == "backbone"} == {"mgldvsr-unet", "mgldvsr-vae", "openclip-vit-h"}
+    assert [url.split("/")[3] for url in table["mgldvsr-unet"].urls] == ["ianyeung", "Iceclear"]
+    sets = {name for name, one in table.items() if one.group == "datasets"}
+    authors = {f"quantvsr-{name}" for name in ("reds4", "spmcs", "udm10", "mvsr4x", "reds30")}
+    assert sets == {"reds-train", "reds-val", "reds4", "spmcs", "mvsr4x"} | authors
+    assert all(table[name].unpack for name in sets) and not any(table[name].urls for name in authors)  # behind a login
+    four = [f"train_sharp/{clip}/00000099.png" for clip in ("000", "011", "015", "020")]
+    assert [[fnmatchcase(name, pattern) for name in four] for pattern in table["reds4"].only] == [
+        [row == column for column in range(4)] for row in range(4)
+    ]
 
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(protocols.FOLDER.glob("*.yaml"))])
 def test_protocols_pin_the_listed_files(name: str) -> None:
     for metric, one in protocols.read(name).metrics.items():
         for asset, digits in one.weights.items():
-            assert len(digits) >= 8 and assets.read()[asset].sha256.startswith(digits), f"{name}, {metric}: {asset}"
+            assert len(digits) >= 8 and (assets.read()[asset].sha256 or "").startswith(digits), f"{name}, {metric}: {asset}"
 
 
 def test_a_missing_file_is_named_with_its_source_and_the_commands(listed: Path) -> None:
@@ -205,7 +212,9 @@ def test_status_and_verify(listed: Path) -> None:
 def test_fetch_and_import_from_the_command_line(listed: Path, tmp_path: Path) -> None:
     assert run("fetch", "one", "two.pth", "--no-progress") == (0, f"one: {listed / 'one.pth'}\ntwo: {listed / 'two.pth'}\n")
     code, text = run("fetch")
-    assert code == 1 and text == "error: nothing to fetch: give names (one, two, three), --metrics or --all"
+    assert code == 1 and text == "error: nothing to fetch: give names (one, two, three), --metrics, --group or --all"
+    code, text = run("fetch", "--group", "metric")
+    assert code == 1 and text.startswith("error: no group 'metric'; did you mean metrics?")
     code, text = run("fetch", "one", "tow")
     assert code == 1 and text.startswith("error: no asset 'tow'; did you mean two?")
     code, text = run("fetch", "--metrics", "lpip")
@@ -224,12 +233,20 @@ def test_a_list_that_cannot_be_used(tmp_path: Path) -> None:
         ({"urls": ["https://example.org/a.zip"]}, "a zip archive needs member"),
         ({"file": "../a.pth"}, "file: String should match"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"only": ["a/*"]}, "only is for an archive: give unpack"),
+        ({"unpack": "a"}, r"file a.pth cannot be unpacked: .zip, .tar, .tar.gz, .tgz can"),
+        ({"unpack": "a", "member": "b", "file": "a.zip"}, "give one of them"),
+        ({"urls": ["file:///etc/passwd"]}, "file:///etc/passwd is no address of http or https"),
     ):
         file.write_text(yaml.safe_dump({"a": {**good, **change}}))
         with pytest.raises(AssetError, match=message):
             assets.read.__wrapped__(file)
     file.write_text(yaml.safe_dump({"a": good, "b": good}))
     with pytest.raises(AssetError, match="a.pth is listed 2 times, once is needed"):
+        assets.read.__wrapped__(file)
+    archive = {**good, "file": "a.zip", "unpack": "one"}
+    file.write_text(yaml.safe_dump({"a": archive, "b": {**archive, "unpack": "two", "sha256": "1" * 8}}))
+    with pytest.raises(AssetError, match="a.zip is listed twice, with other addresses, another digest or size"):
         assets.read.__wrapped__(file)
     file.write_text("- a\n")
     with pytest.raises(AssetError, match="not a list of assets"):
