@@ -286,7 +286,7 @@ def record(asset: Asset) -> None:
             partial.write_text(json.dumps({asset.file: _own_digest(asset)} | _recorded(), indent=1, sort_keys=True) + "\n")
     except PermissionError as error:
         raise AssetError(
-            f"{shown(place)} cannot be written ({error.strerror}), and it must have the digest of {asset.file}, which nobody has published: "
+            f"{shown(place)} cannot be written ({error.strerror}), and it must have the digest of {asset.file}, of which none is listed: "
             "let the owner of the folder run `python -m qvsr assets verify`"
         ) from None
 

@@ -110,6 +110,8 @@ class Resuming:
                     for block in answer.iter_content(BLOCK):
                         file.write(block)
                         report(len(block))
+                    file.flush()
+                    os.fsync(file.fileno())  # on the disk before it gets its name
         except (requests.RequestException, ConnectionError, TimeoutError) as error:
             raise DroppedError(str(error)) from None
         have = _length(part)
