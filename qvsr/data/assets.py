@@ -20,19 +20,22 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from qvsr.data import archives, download
 from qvsr.provenance import ROOT, DiskFullError, atomic_path, is_disk_full
 from qvsr.registry import suggest
 from qvsr.settings import Settings
 
+if TYPE_CHECKING:  # imported where something is fetched: what only uses a file does not become stale with how it got here
+    from qvsr.data import download
+
 LIST = ROOT / "config" / "assets.yaml"
 LOCK = "assets.lock"
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 MANIFEST = ".asset.json"
 State = Literal["here", "missing", "damaged"]
 
@@ -75,8 +78,8 @@ class Asset(Settings):
             raise ValueError("unpack is for a whole archive and member for one file of it: give one of them")
         if self.only and not self.unpack:
             raise ValueError("only is for an archive: give unpack, the folder, too")
-        if self.unpack and not archives.is_archive(self.file):
-            raise ValueError(f"file {self.file} cannot be unpacked: {', '.join(archives.SUFFIXES)} can")
+        if self.unpack and not self.file.endswith(ARCHIVES):
+            raise ValueError(f"file {self.file} cannot be unpacked: {', '.join(ARCHIVES)} can")
         if any(url.endswith(".zip") for url in self.urls) and not (self.member or self.unpack):
             raise ValueError("a zip archive needs member: the name of the file in it, or unpack: a folder for all of it")
         for url in self.urls:
@@ -280,6 +283,8 @@ def record(asset: Asset) -> None:
     """
     if asset.sha256 is not None or recorded(asset):
         return
+    from qvsr.data import download
+
     place = folder() / LOCK
     try:
         with download.lock(place.with_name(f".{LOCK}.lock"), LOCK), atomic_path(place) as partial:
@@ -383,6 +388,8 @@ def fetch(name: str, progress: bool = True) -> Path:
 @contextlib.contextmanager
 def _alone(asset: Asset) -> Iterator[Path]:
     """A folder for what arrives of an asset, this process's alone as long as the block runs; it stays when it holds something."""
+    from qvsr.data import download
+
     base = folder() / f".fetch-{asset.path.name}"
     with download.lock(base.with_name(f"{base.name}.lock"), asset.path.name) as locked:
         work = base if locked else base.with_name(f"{base.name}-{os.getpid()}")
@@ -396,6 +403,8 @@ def _alone(asset: Asset) -> Iterator[Path]:
 
 
 def _get(name: str, asset: Asset, work: Path, progress: bool) -> None:
+    from qvsr.data import archives, download
+
     brought = folder() / asset.file
     if asset.unpack and brought.is_file():  # put there by hand
         try:
@@ -435,6 +444,8 @@ def _by_hand(name: str, asset: Asset) -> str:
 def _download(asset: Asset, url: str, work: Path, target: Path, downloader: download.Resuming) -> None:
     import pooch
 
+    from qvsr.data import archives
+
     pooch.get_logger().setLevel("WARNING")
     file = Path(urlsplit(url).path).name or asset.file
 
@@ -467,6 +478,8 @@ def _refuse(asset: Asset, file: Path) -> None:
 
 def _place(asset: Asset, file: Path, target: Path) -> None:
     """Check a file that has arrived and make of it, under another name, what is listed: it moves; an archive is unpacked."""
+    from qvsr.data import archives
+
     _refuse(asset, file)
     if not asset.unpack:
         file.replace(target)
@@ -501,6 +514,8 @@ def import_from(source: Path) -> list[Imported]:
 
 
 def _import(name: str, asset: Asset, file: Path) -> Imported:
+    from qvsr.data import archives
+
     if state(asset) == "here":
         record(asset)
         return Imported(name, file, "here already")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qvsr.data import archives
+from qvsr.data import archives, assets
 from qvsr.data.archives import ArchiveError
 from qvsr.provenance import DiskFullError, atomic_path
 
@@ -61,6 +61,7 @@ def refused(archive: Path, match: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz"])
 def test_what_is_in_it_comes_out(tmp_path: Path, name: str) -> None:
+    assert name.endswith(assets.ARCHIVES) and assets.ARCHIVES == archives.SUFFIXES
     archive = pack(tmp_path / name, FILES)
     written = archives.unpack(archive, tmp_path / "out")
     assert {file: (tmp_path / "out" / file).read_bytes() for file in written} == FILES
