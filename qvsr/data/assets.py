@@ -377,6 +377,8 @@ def fetch(name: str, progress: bool = True) -> Path:
     """
     name, asset = get(name)
     if state(asset) != "here":
+        if not (asset.urls or (asset.unpack and (folder() / asset.file).is_file())):
+            raise ByHandError(f"{name}: {asset.file} has no address to fetch it from: {_by_hand(name, asset)}")
         with _alone(asset) as work:
             if state(asset) != "here":  # else another process has got it
                 _get(name, asset, work, progress)
@@ -413,8 +415,6 @@ def _get(name: str, asset: Asset, work: Path, progress: bool) -> None:
         except (AssetError, archives.ArchiveError) as error:
             raise AssetError(f"{name}: {shown(brought)} is not what is expected ({error}): delete it, then get it again") from None
         return
-    if not asset.urls:
-        raise ByHandError(f"{name}: {asset.file} has no address to fetch it from: {_by_hand(name, asset)}")
     reasons = []
     for url in asset.urls:
         for last in (False, True):

@@ -1,12 +1,11 @@
-"""``snakemake weights`` fetches what the metrics of the configuration read, and nothing else asks for it."""
+"""``snakemake weights`` fetches what the metrics of the configuration read, and nothing else asks for it; a folder comes when it is named."""
 
 import hashlib
-import http.server
-import threading
-from functools import partial
+import zipfile
 
 import yaml
 
+from tests.qvsr.data.server import Fault, Server
 from tests.workflow import tiny
 
 
@@ -16,21 +15,27 @@ def test_weights_are_fetched_when_they_are_asked_for(tmp_path):
     (served / "trunk.pth").write_bytes(b"weights")
     project = tiny.make(tmp_path / "project")
     chosen = ["licenses=permissive", "metrics=[ewarp_dis, dists, lpips]"]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=str(served))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with zipfile.ZipFile(served / "set.zip", "w") as packed:
+        packed.writestr("GT/000/00000000.png", bytes(1_000_000))
+    with Server(served, {"set.zip": Fault(drop=0.3)}) as server:
         listed = project / "config" / "assets.yaml"
         table = yaml.safe_load(listed.read_text())
         table["alexnet"] |= {
             "file": "trunk.pth",
-            "urls": [f"http://127.0.0.1:{server.server_port}/trunk.pth"],
+            "urls": [f"{server.url}/trunk.pth"],
             "sha256": hashlib.sha256(b"weights").hexdigest(),
             "bytes": None,
         }
+        table["reds-val"] |= {"file": "set.zip", "urls": [f"{server.url}/set.zip"]}
         listed.write_text(yaml.safe_dump(table))
         done = tiny.snakemake(project, "weights", "--config", *chosen)
-        server.shutdown()
+        there = [file.name for file in (project / "resources" / "assets").iterdir()]
+        folder = tiny.snakemake(project, "resources/assets/REDS-val_sharp", "--config", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [file.name for file in (project / "resources" / "assets").iterdir()] == ["trunk.pth"]  # that of lpips alone
+    assert there == ["trunk.pth"]  # that of lpips alone
+    assert folder.returncode == 0, folder.stdout + folder.stderr
+    assert (project / "resources" / "assets" / "REDS-val_sharp" / "GT" / "000" / "00000000.png").stat().st_size == 1_000_000
+    assert [one.status for one in server.asked if one.path == "set.zip"] == [200, 206]
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("licenses: permissive leaves out")]
     assert said == ["licenses: permissive leaves out dists (PolyForm-Noncommercial-1.0.0)"]
     assert "weights" not in tiny.due(project, "--config", *chosen)

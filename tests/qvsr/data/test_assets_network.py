@@ -342,6 +342,7 @@ def test_what_lies_behind_a_login(here: Path, tmp_path: Path) -> None:
         f"put it into {here} as walled.zip and run `python -m qvsr assets fetch walled`, "
         "or leave it in any folder and run `python -m qvsr assets import --from DIR`"
     )
+    assert not here.exists()
     code, text = run("fetch", "walled", "model", "--no-progress")
     assert code == 1 and f"error: {caught.value}\n" in text and f"model: {here / 'model.ckpt'}\n" in text  # the other is fetched
     (here / "walled.zip").write_bytes(hostile("traversal"))
