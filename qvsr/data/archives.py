@@ -31,6 +31,8 @@ RATIO = 20
 SMALL = 64 << 20
 """always this many: a small archive of text compresses better."""
 MEMBERS = 500_000
+HEADER = 16 << 10
+"""Bytes of what tar writes before a member about its name and attributes; tarfile takes hours for a long one that is made for it."""
 _DAMAGE = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -238,12 +240,19 @@ class _Strict(tarfile.TarInfo):
     """A header after which the archive is read on: :mod:`tarfile` takes one that it cannot read, and a missing end mark, for the end."""
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Strict:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE) and info.size > HEADER:
+            raise ArchiveError(f"a header of {info.size} bytes, {HEADER} are the limit")
+        return info
+
+    @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Strict:
         try:
             return super().fromtarfile(tarfile)
         except _END:
             raise
-        except _HEADER as error:
+        except (_HEADER, ArchiveError) as error:
             raise ArchiveError(f"{Path(str(tarfile.name or '')).name or 'the archive'} is damaged or cut short ({error})") from None
 
 

@@ -165,6 +165,9 @@ def test_a_bomb_that_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     info.pax_headers = {"comment": "0" * (8 << 20)}  # in a header, not in a file
     with gzip.open(tmp_path / "bomb.tar.gz", "wb") as packed:
         packed.write(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    refused(tmp_path / "bomb.tar.gz", r"bomb.tar.gz is damaged or cut short \(a header of 83886\d\d bytes, 16384 are the limit\)")
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb") as packed:
+        packed.write(tarfile.TarInfo("frame.png").tobuf() + bytes(8 << 20))  # after the end
     refused(tmp_path / "bomb.tar.gz", r"bomb.tar.gz would unpack to more than 20 times its 0.0 MB, the limit")
     archive = zipped(tmp_path / "bomb.zip", {"frame.png": bytes(4 << 20)})
     content, true, less = archive.read_bytes(), (4 << 20).to_bytes(4, "little"), (1000).to_bytes(4, "little")
