@@ -240,7 +240,7 @@ class _Strict(tarfile.TarInfo):
     """A header after which the archive is read on: :mod:`tarfile` takes one that it cannot read, and a missing end mark, for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Strict:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Strict:
         info = super().frombuf(buf, encoding, errors)
         if info.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE) and info.size > HEADER:
             raise ArchiveError(f"a header of {info.size} bytes, {HEADER} are the limit")
