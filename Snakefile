@@ -30,6 +30,7 @@ include: "workflow/rules/figures.smk"
 include: "workflow/rules/layers.smk"
 include: "workflow/rules/mini.smk"
 include: "workflow/rules/assets.smk"
+include: "workflow/rules/convert.smk"
 
 
 for rules_of_the_user in plan.rules():

@@ -241,6 +241,16 @@ def dataset_check(
     stage.check(settings(config, set_), datasets or [])
 
 
+@app.command()
+def convert(config: ConfigOption, set_: SetOption = None) -> None:
+    """Convert the official checkpoints to the backbone's weight files, once, and compute the text context."""
+    resolved = settings(config, set_)
+    compute(resolved)
+    from qvsr.stages import convert as stage
+
+    stage.run(resolved)
+
+
 @app.command("schema")
 def schema_(markdown: Annotated[bool, typer.Option(help="the table of config/README.md instead")] = False) -> None:
     """Print the JSON schema of the settings."""

@@ -122,6 +122,27 @@ class BackboneSettings(Settings):
         return self
 
 
+class OfficialSettings(Settings):
+    """The official checkpoints that `backbone.weights` and `backbone.vae_weights` are made from, once."""
+
+    weights: str | None = Field(
+        None,
+        description="diffusion checkpoint (.ckpt, .pth, .safetensors): an asset's name, its file's, or a path; none: backbone.weights is there",
+    )
+    vae_weights: str | None = Field(None, description="checkpoint of the video autoencoder, likewise")
+    text: str | None = Field(None, description="OpenCLIP's ViT-H-14, likewise; none: its text tower is in official.weights")
+    ema: bool = Field(False, description="take the moving averages of the weights (model_ema.*), which the released code does not read")
+    precision: Literal["keep", "half", "single"] = Field(
+        "keep", description="of the stored values: as they are, float16 or float32; computed is in float32"
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> OfficialSettings:
+        if (self.weights is None) != (self.vae_weights is None):
+            raise ValueError("official.weights and official.vae_weights are set together or not at all: one command converts both")
+        return self
+
+
 class SamplingSettings(Settings):
     """How one clip is restored (arXiv 2312.00853; the released script's values)."""
 
@@ -314,6 +335,7 @@ class Config(Settings):
 
     output: Path = Field(Path("results"), description="root of everything the run writes")
     backbone: BackboneSettings = BackboneSettings()
+    official: OfficialSettings = OfficialSettings()
     sampling: SamplingSettings = SamplingSettings()
     datasets: dict[str, DatasetSettings] = Field(description="every dataset by name, the calibration set included")
     evaluate: tuple[str, ...] = Field(description="names of the datasets that are measured")
@@ -389,6 +411,8 @@ class Config(Settings):
         for name in (*self.evaluate, self.calibration.dataset):
             if name not in self.datasets:
                 raise ValueError(suggest("dataset", name, self.datasets))
+        if self.official.weights and (self.backbone.weights is None or self.backbone.vae_weights is None):
+            raise ValueError("official.weights is set: name the files to make from it in backbone.weights and backbone.vae_weights")
         if self.calibration.dataset in self.evaluate:
             raise ValueError(f"dataset {self.calibration.dataset!r} is both calibrated on and evaluated: use two")
         if self.seeds and self.seed not in self.seeds:

@@ -228,6 +228,26 @@ def users_of(asset: str) -> list[str]:
     return [metric for metric in declared_facts("metrics", "METRICS") if asset in assets_of([metric])]
 
 
+def official_sources(config: Config) -> dict[str, str]:
+    """Official checkpoints by their key in `official`, those that are set: an asset's name, or a path.
+
+    Raises:
+        ConfigError: neither an asset nor what looks like a path.
+    """
+    from qvsr.data.assets import read
+
+    given, names = config.official, {}
+    for key in ("weights", "vae_weights", "text"):
+        asked = getattr(given, key)
+        if asked is None or given.weights is None:
+            continue
+        listed = [name for name, asset in read().items() if asked in (name, asset.file)]
+        if not listed and not re.search(r"[./\\]", asked):
+            raise ConfigError(f"official.{key}: {suggest('asset', asked, read())}; a path has a folder or an extension")
+        names[key] = (listed or [asked])[0]
+    return names
+
+
 def settings_digest(config: Config, *keys: str) -> str:
     """Digest of the settings that a stage reads: a change of one makes its outputs stale, a change of any other does not.
 
@@ -320,6 +340,13 @@ class Plan:
         from qvsr.data.assets import get
 
         return [self.asset_path(get(name)[1].file) for name in assets_of(self.config.metrics)]
+
+    def official(self) -> dict[str, str]:
+        """Files that the backbone's weights are converted from, here or not; none where they are given as they are."""
+        from qvsr.data.assets import read
+
+        sources = official_sources(self.config)
+        return {key: self.asset_path(read()[name].file) if name in read() else name for key, name in sources.items()}
 
     def asset_path(self, file: str) -> str:
         """Where such a file lies, of whatever configuration; from the working directory where it is below it."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qvsr.config import BackboneSettings
@@ -20,7 +22,10 @@ from qvsr.provenance import atomic_path
 UNET = "model.diffusion_model."
 STRUCTURE = "structcond_stage_model."
 FIRST_STAGE = "first_stage_model."
+UNUSED_FIRST_STAGE = ("decoder.", "post_quant_conv.")
+"""Of the image autoencoder only the encoder is used."""
 CONTEXT = "context"
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
 
 
 class CheckpointError(ValueError):
@@ -56,37 +61,39 @@ def build(settings: BackboneSettings) -> Backbone:
 def load_backbone(settings: BackboneSettings) -> Backbone:
     """Build the networks and fill them from the two weight files that the settings name.
 
-    Weights stored in half precision are widened to float32. Keys of networks that a restoration does not use (the image
-    decoder, the text tower, schedule buffers) may be there or not.
+    Weights stored in half precision are widened to float32, a tensor at a time; those in float32 stay in the file and are mapped into
+    memory, so that jobs on one machine share them. Keys of networks that a restoration does not use (the image decoder, the text tower,
+    schedule buffers) may be there or not.
 
     Raises:
         CheckpointError: a file is missing or damaged, or its keys or shapes are not the configuration's; one line.
     """
-    weights, vae_weights = _read(settings.weights, "weights"), _read(settings.vae_weights, "vae_weights")
+    weights, vae_weights = WeightFile(settings.weights, "weights"), WeightFile(settings.vae_weights, "vae_weights")
     with torch.device("meta"):
         backbone = build(settings)
-    _fill(backbone.unet, _under(weights, UNET), settings.weights, UNET)
-    _fill(backbone.structure, _under(weights, STRUCTURE), settings.weights, STRUCTURE)
-    _fill(backbone.vae, vae_weights, settings.vae_weights, "")
+    weights.fill(backbone.unet, UNET)
+    weights.fill(backbone.structure, STRUCTURE)
+    vae_weights.fill(backbone.vae, "")
     if not settings.share_encoder:
-        # Only the encoder of the image autoencoder is used: its decoder need not be in the file.
-        first_stage = _under(weights, FIRST_STAGE)
+        # The decoder of the image autoencoder need not be in the file.
         backbone.first_stage.decoder = nn.Identity()
         backbone.first_stage.post_quant_conv = nn.Identity()  # type: ignore[assignment]
-        _fill(backbone.first_stage, first_stage, settings.weights, FIRST_STAGE, unused=("decoder.", "post_quant_conv."))
-    if CONTEXT not in weights:
+        weights.fill(backbone.first_stage, FIRST_STAGE, unused=UNUSED_FIRST_STAGE)
+    if CONTEXT not in weights.shapes:
         raise CheckpointError(
-            f"{settings.weights} has no key {CONTEXT!r}: the text context is computed once by `python -m qvsr assets import`"
+            f"{settings.weights} has no key {CONTEXT!r}: `python -m qvsr convert` computes the text context once and stores it there"
         )
-    context = weights[CONTEXT].float()
     expected = (1, settings.context_tokens, settings.unet.context_dim)
-    if tuple(context.shape) != expected:
+    if weights.shapes[CONTEXT] != expected:
         raise CheckpointError(
-            f"{settings.weights}: {CONTEXT} is {tuple(context.shape)}, the configuration {settings.name} needs {expected}"
+            f"{settings.weights}: {CONTEXT} is {weights.shapes[CONTEXT]}, the configuration {settings.name} needs {expected}"
         )
+    context = weights.read([CONTEXT])[CONTEXT]
     digest = hashlib.sha256()
-    for file in (settings.weights, settings.vae_weights):
-        digest.update(Path(str(file)).read_bytes())
+    for file in (weights.file, vae_weights.file):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
     return Backbone(settings, backbone.unet, backbone.structure, backbone.first_stage, backbone.vae, context, digest.hexdigest()[:16])
 
 
@@ -105,39 +112,95 @@ def save_backbone(backbone: Backbone, weights: Path, vae_weights: Path, dtype: t
             )
 
 
-def _read(file: Path | None, key: str) -> dict[str, Tensor]:
-    if file is None:
-        raise CheckpointError(f"backbone.{key} is not set: name the safetensors file with the weights")
-    if not file.is_file():
-        raise CheckpointError(f"no weights {file}; set backbone.{key}, or make the small model's with `snakemake mini_weights`")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
+def write_tensors(
+    path: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    value: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file a tensor at a time, which the library cannot: it wants all of them in memory.
+
+    Args:
+        path: written directly; give a name from :func:`qvsr.provenance.atomic_path`.
+        layout: shape and type of every key.
+        value: gives the tensor of a key, of that shape and type; called once a key.
+        metadata: goes into the header.
+    """
+    keys = sorted(layout, key=lambda key: (-layout[key][1].itemsize, key))  # the widest first, so that all lie at multiples of their size
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for key in keys:
+        shape, dtype = layout[key]
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            tensor = value(key).detach().contiguous()
+            if (tuple(tensor.shape), tensor.dtype) != layout[key]:
+                raise CheckpointError(f"{path}: {key} is {tuple(tensor.shape)} {tensor.dtype}, announced was {layout[key]}")
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+class WeightFile:
+    """A weight file that a setting names: keys and shapes at once, tensors when they are asked for."""
 
-
-def _fill(network: nn.Module, tensors: dict[str, Tensor], file: Path | None, prefix: str, unused: tuple[str, ...] = ()) -> None:
-    """Put tensors into a network on the meta device, every key and shape as expected."""
-    expected = network.state_dict()
-    found = {key: value for key, value in tensors.items() if not key.startswith(unused)} if unused else tensors
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        what = (
-            f"misses {len(missing)} keys, first {prefix}{missing[0]}"
-            if missing
-            else f"has {len(extra)} keys too many, first {prefix}{extra[0]}"
-        )
-        raise CheckpointError(f"{file} is of another configuration: it {what}; check backbone.* in the configuration")
-    for key, value in found.items():
-        if value.shape != expected[key].shape:
+    def __init__(self, file: Path | None, key: str) -> None:
+        if file is None:
+            raise CheckpointError(f"backbone.{key} is not set: name the safetensors file with the weights")
+        if not file.is_file():
             raise CheckpointError(
-                f"{file} is of another configuration: {prefix}{key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}; check backbone.*"
+                f"no weights {file}; set backbone.{key}, convert official ones with `python -m qvsr convert`, "
+                "or make the small model's with `snakemake mini_weights`"
             )
-        if not torch.isfinite(value.float()).all():
-            raise CheckpointError(f"{file}: {prefix}{key} holds values that are not finite; fetch it again")
-    network.load_state_dict({key: value.float() for key, value in found.items()}, assign=True)
-    network.requires_grad_(False)
+        self.file = file
+        try:
+            with safe_open(file, "pt") as opened:
+                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (it is no dict)
+                self.shapes: dict[str, tuple[int, ...]] = {key: tuple(one.get_shape()) for key, one in slices.items()}
+                self._types = {key: one.get_dtype() for key, one in slices.items()}
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
+
+    def read(self, keys: list[str]) -> dict[str, Tensor]:
+        """Tensors in float32, all finite.
+
+        Narrower ones are read and widened one after the other: mapped, the file would stay in memory beside the result.
+        """
+        found = {}
+        with safe_open(self.file, "pt") as mapped, safe_open(self.file, "pt", backend="pread") as copied:
+            for key in keys:
+                found[key] = (mapped if self._types[key] == "F32" else copied).get_tensor(key).float()
+                if not finite(found[key]):
+                    raise CheckpointError(f"{self.file}: {key} holds values that are not finite; fetch it again")
+        return found
+
+    def fill(self, network: nn.Module, prefix: str, unused: tuple[str, ...] = ()) -> None:
+        """Put tensors into a network on the meta device, every key and shape as expected; nothing is read before they are."""
+        expected = network.state_dict()
+        found = [key.removeprefix(prefix) for key in self.shapes if key.startswith(prefix)]
+        found = [key for key in found if not key.startswith(unused)] if unused else found
+        missing, extra = sorted(expected.keys() - set(found)), sorted(set(found) - expected.keys())
+        if missing or extra:
+            what = (
+                f"misses {len(missing)} keys, first {prefix}{missing[0]}"
+                if missing
+                else f"has {len(extra)} keys too many, first {prefix}{extra[0]}"
+            )
+            raise CheckpointError(f"{self.file} is of another configuration: it {what}; check backbone.* in the configuration")
+        for key in found:
+            if self.shapes[prefix + key] != tuple(expected[key].shape):
+                raise CheckpointError(
+                    f"{self.file} is of another configuration: {prefix}{key} is {self.shapes[prefix + key]}, "
+                    f"expected {tuple(expected[key].shape)}; check backbone.*"
+                )
+        tensors = self.read([prefix + key for key in found])
+        network.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()}, assign=True)
+        network.requires_grad_(False)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN; smallest and largest say it without a copy, and a NaN is both."""
+    return all(bool(torch.isfinite(one)) for one in torch.aminmax(tensor))

@@ -22,6 +22,7 @@ STAGES = (
     "schema",
     "config",
     "train",
+    "convert",
 )
 
 

@@ -6,6 +6,8 @@ import pytest
 from qvsr import config as settings
 from qvsr import plan
 from qvsr.config import ConfigError
+from qvsr.data import assets
+from qvsr.provenance import ROOT
 from qvsr.registry import BASELINES, METRICS
 
 TEXT = """
@@ -113,6 +115,37 @@ def test_weights_of_the_flow_are_read_by_raft_only(file):
 
     assert weights("raft") == ["a.safetensors", "b.safetensors", "raft.pth"]
     assert weights("dis") == ["a.safetensors", "b.safetensors"]
+
+
+def test_official_checkpoints_are_assets_or_paths(file, monkeypatch):
+    def official(**given):
+        return plan.Plan(plan.resolve([file], {"official": given})).official()
+
+    monkeypatch.delenv("QVSR_ASSETS", raising=False)
+    monkeypatch.chdir(ROOT)
+    assert official() == official(text="open_clip.bin") == {}
+    assert official(weights="dover", vae_weights="DOVER.pth", text="/data/tower.bin") == {
+        "weights": "resources/assets/DOVER.pth",
+        "vae_weights": "resources/assets/DOVER.pth",
+        "text": "/data/tower.bin",
+    }
+    with pytest.raises(
+        ConfigError, match=r"^official.weights: no asset 'dovver'; did you mean dover\?.*; a path has a folder or an extension$"
+    ):
+        official(weights="dovver", vae_weights="vae.ckpt")
+    with pytest.raises(ConfigError, match=r"official.weights and official.vae_weights are set together or not at all"):
+        official(weights="a.ckpt")
+    with pytest.raises(
+        ConfigError, match=r"official.weights is set: name the files to make from it in backbone.weights and backbone.vae_wei"
+    ):
+        plan.resolve([file], {"official": {"weights": "a.ckpt", "vae_weights": "b.ckpt"}, "backbone": {"vae_weights": None}})
+
+
+def test_the_paper_s_weights_are_made_from_listed_files():
+    """What rules read is what another rule makes: the flow network's file is an asset's."""
+    run = plan.Plan(plan.resolve([ROOT / "config" / "paper.yaml"], {}))
+    assert set(run.official()) == {"weights", "vae_weights"}
+    assert run.weights()[2] == str(Path("resources/assets") / assets.read()["raft-things"].file)
 
 
 def test_the_picture_is_the_first_clip_or_the_chosen_one(run, file):

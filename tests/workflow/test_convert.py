@@ -1,0 +1,31 @@
+"""Official checkpoints are converted by the workflow, once, where the configuration names them and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qvsr import config as settings
+from qvsr.models.checkpoints import load_backbone
+from qvsr.models.convert import official_keys, random_checkpoint, vae_keys
+from tests.workflow import tiny
+
+
+def test_weights_come_from_the_official_files(tmp_path: Path) -> None:
+    project = tiny.make(tmp_path / "project")
+    assert "convert" not in tiny.due(project)
+    backbone = {**tiny.BACKBONE, "unet": {**tiny.BACKBONE["unet"], "context_dim": 64}}
+    backbone |= {"weights": "resources/a.safetensors", "vae_weights": "resources/b.safetensors"}
+    chosen = settings.BackboneSettings.model_validate(backbone)
+    random_checkpoint(project / "official" / "unet.ckpt", official_keys(chosen, text_layers=2))
+    random_checkpoint(project / "official" / "vae.ckpt", vae_keys(chosen))
+    official = {"weights": "official/unet.ckpt", "vae_weights": "official/vae.ckpt"}
+    tiny.write_config(project / "config" / "tiny.yaml", {**tiny.CONFIG, "backbone": backbone, "official": official})
+    assert {"convert", "calibrate", "restore"} <= tiny.due(project)
+    done = tiny.snakemake(project, "resources/a.safetensors")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "unet.ckpt: " in (project / "results" / "logs" / "convert.log").read_text()
+    written = {key: project / value for key, value in backbone.items() if key.endswith("weights")}
+    assert load_backbone(chosen.model_copy(update=written)).context.shape == (1, 3, 64)
+    assert tiny.due(project, "resources/b.safetensors") == set()
+    tiny.write_config(project / "config" / "tiny.yaml", {**tiny.CONFIG, "backbone": backbone, "official": official | {"precision": "half"}})
+    assert "convert" in tiny.due(project, "resources/b.safetensors")
