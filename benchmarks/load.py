@@ -1,9 +1,9 @@
 """Time and memory of loading and converting a model of full size: python benchmarks/load.py [folder]
 
-Random weights under the official key names, in float16 and in float32, are written to a temporary folder (7 GB at most at a time, removed
+Random weights under the official key names, in float16 and in float32, are written to a temporary folder (11 GB at most, removed
 afterwards). Each is read in a process of its own, the file's pages dropped from memory before: the U-Net alone, then all networks with the
 digest of both files. The peak of resident memory beyond what the imports took stands beside the size of the networks in float32. Then a
-``.ckpt`` in float16, text tower and all, is converted.
+``.ckpt``, text tower and all, is converted; to write one takes as much memory as it has bytes.
 """
 
 from __future__ import annotations
@@ -102,19 +102,19 @@ def main(parent: str | None) -> None:
                     f"its {found['size']:.2f} GB; {found['anonymous']:.2f} GB not mapped",
                     flush=True,
                 )
-    with tempfile.TemporaryDirectory(dir=parent) as temporary:
-        folder = Path(temporary)
-        shapes = official_keys(full)
-        random_checkpoint(folder / "unet.ckpt", shapes, torch.float16)
-        random_checkpoint(folder / "vae.ckpt", vae_keys(full), torch.float16)
-        drop(folder / "unet.ckpt", folder / "vae.ckpt")
-        found = measure("convert", folder)
-        tower = sum(torch.Size(shape).numel() for key, shape in shapes.items() if key.startswith(TEXT)) * 4 / 1e9
-        source = (folder / "unet.ckpt").stat().st_size / 1e9
-        print(
-            f"float16, convert: {found['seconds']:.1f} s from a file of {source:.2f} GB, {found['peak']:.2f} GB at the peak, "
-            f"{found['anonymous']:.2f} GB not mapped (the text tower in float32 is {tower:.2f} GB)"
-        )
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            folder = Path(temporary)
+            shapes = official_keys(full)
+            random_checkpoint(folder / "unet.ckpt", shapes, dtype)
+            random_checkpoint(folder / "vae.ckpt", vae_keys(full), dtype)
+            drop(folder / "unet.ckpt", folder / "vae.ckpt")
+            found = measure("convert", folder)
+            tower = sum(torch.Size(shape).numel() for key, shape in shapes.items() if key.startswith(TEXT)) * 4 / 1e9
+            print(
+                f"{name}, convert: {found['seconds']:.1f} s from a file of {(folder / 'unet.ckpt').stat().st_size / 1e9:.2f} GB, "
+                f"{found['peak']:.2f} GB at the peak, {found['anonymous']:.2f} GB not mapped (the text tower in float32 is {tower:.2f} GB)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qvsr.config import AutoencoderSettings, BackboneSettings, StructureSettings, UNetSettings
-from qvsr.models.checkpoints import CheckpointError, build, load_backbone, save_backbone
+from qvsr.models.checkpoints import CONTEXT, CheckpointError, build, load_backbone, save_backbone, write_tensors
 
 VAE = AutoencoderSettings(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1)
 
@@ -66,6 +67,17 @@ def test_half_precision_widens(tmp_path: Path) -> None:
     assert next(load_backbone(settings).unet.parameters()).dtype == torch.float32
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process has mapped")
+@pytest.mark.parametrize(("dtype", "mapped"), [(torch.float32, True), (torch.float16, False), (torch.bfloat16, False)])
+def test_a_file_counts_once_in_memory(tmp_path: Path, dtype: torch.dtype, mapped: bool) -> None:
+    """float32 is the file itself; of narrower weights nothing stays beside the widened ones."""
+    settings = tiny(tmp_path)
+    save_backbone(build(settings), settings.weights, settings.vae_weights, dtype)
+    loaded = load_backbone(settings)
+    assert loaded.unet.state_dict()["out.2.weight"].dtype == torch.float32
+    assert (str(settings.weights) in Path("/proc/self/maps").read_text()) == mapped
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights .*weights\.safetensors; set backbone\.weights"):
         load_backbone(tiny(tmp_path))
@@ -97,9 +109,33 @@ def test_missing_and_extra_keys_are_named(saved: BackboneSettings) -> None:
         load_backbone(saved)
 
 
-def test_not_finite_is_refused(saved: BackboneSettings) -> None:
+def test_no_context(saved: BackboneSettings) -> None:
+    save_file({key: value for key, value in load_file(saved.weights).items() if key != CONTEXT}, saved.weights)
+    with pytest.raises(CheckpointError, match=r"has no key 'context': `python -m qvsr convert` computes the text context once"):
+        load_backbone(saved)
+
+
+def test_tensors_are_written_one_by_one(tmp_path: Path) -> None:
+    """What the library reads back, types mixed and lengths odd; a tensor that is not as announced is an error."""
+    file = tmp_path / "x.safetensors"
+    tensors = {"a": torch.randn(3), "b": torch.randn(2, 5, 1).half(), "c": torch.tensor(2.5), "d": torch.randn(7).bfloat16()}
+    tensors["e"] = torch.randn(4, 6).T
+    layout = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    write_tensors(file, layout, tensors.__getitem__, {"of": "a test"})
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "of": "a test"}
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: a is \(2,\) torch.float32, announced was \(\(3,\), torch.float32\)"):
+        write_tensors(file, layout, lambda key: torch.zeros(2) if key == "a" else tensors[key])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite_is_refused(saved: BackboneSettings, value: float) -> None:
     tensors = load_file(saved.weights)
-    tensors["structcond_stage_model.time_embed.0.bias"][0] = float("nan")
+    tensors["structcond_stage_model.time_embed.0.bias"][1] = value
     save_file(tensors, saved.weights)
     with pytest.raises(CheckpointError, match=r"structcond_stage_model\.time_embed\.0\.bias holds values that are not finite"):
         load_backbone(saved)
