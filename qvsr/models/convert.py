@@ -184,8 +184,10 @@ def _globals(file: IO[bytes]) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             yield str(argument).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL":  # takes the two last strings, as long as nothing was fetched from the memo
-            yield ".".join(words[-2:]) or "something without a name"
+        elif opcode.name == "STACK_GLOBAL":  # of protocol 4, which torch does not write: never allowed, since the name may be another
+            yield f"{'.'.join(words[-2:])} (pickle protocol 4)"
+        elif opcode.name.startswith("EXT"):
+            yield "a registered extension"
         elif isinstance(argument, str) and "UNICODE" in opcode.name:
             words.append(argument)
 
