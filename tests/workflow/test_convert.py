@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from qvsr import config as settings
 from qvsr.models.checkpoints import load_backbone
 from qvsr.models.convert import official_keys, random_checkpoint, vae_keys
 from tests.workflow import tiny
+from tests.workflow.test_stale import COMMON, LOADED, named
 
 
 def test_weights_come_from_the_official_files(tmp_path: Path) -> None:
@@ -21,7 +24,7 @@ def test_weights_come_from_the_official_files(tmp_path: Path) -> None:
     official = {"weights": "official/unet.ckpt", "vae_weights": "official/vae.ckpt"}
     tiny.write_config(project / "config" / "tiny.yaml", {**tiny.CONFIG, "backbone": backbone, "official": official})
     assert {"convert", "calibrate", "restore"} <= tiny.due(project)
-    done = tiny.snakemake(project, "resources/a.safetensors")
+    done = tiny.snakemake(project, "resources/a.safetensors")  # as a job runs it, log and all
     assert done.returncode == 0, done.stdout + done.stderr
     assert "unet.ckpt: " in (project / "results" / "logs" / "convert.log").read_text()
     written = {key: project / value for key, value in backbone.items() if key.endswith("weights")}
@@ -29,3 +32,8 @@ def test_weights_come_from_the_official_files(tmp_path: Path) -> None:
     assert tiny.due(project, "resources/b.safetensors") == set()
     tiny.write_config(project / "config" / "tiny.yaml", {**tiny.CONFIG, "backbone": backbone, "official": official | {"precision": "half"}})
     assert "convert" in tiny.due(project, "resources/b.safetensors")
+    command = [sys.executable, "-c", LOADED, "convert", "--config", "config/tiny.yaml"]
+    again = subprocess.run(command, cwd=project, env=tiny.environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    # the list of assets says where a file is: its content is an input of the rule
+    assert set(again.stdout.split("LOADED")[1].split()) - COMMON - named("convert") == {"qvsr.data", "qvsr.data.assets"}

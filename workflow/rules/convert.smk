@@ -22,6 +22,7 @@ if plan.official():
                 "qvsr/models/convert.py",
                 "qvsr/models/text.py",
                 "qvsr/models/checkpoints.py",
+                "qvsr/models/layers.py",
                 "qvsr/models/unet.py",
                 "qvsr/models/structure.py",
                 "qvsr/models/autoencoder.py",
