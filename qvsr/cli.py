@@ -75,14 +75,16 @@ def settings(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def compute(config: Config) -> None:
-    """Everything that makes two runs the same: fixed numbers of threads, deterministic algorithms, a seed."""
+    """Everything that makes two runs the same, on a GPU to rounding: fixed numbers of threads, deterministic algorithms, a seed."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(config.threads)  # numpy and torch are not loaded yet: they read these when they are
     import torch
 
     torch.set_num_threads(config.threads)
     torch.set_num_interop_threads(1)
-    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms does the same and loads the compiler, 1.4 s a job
+    # use_deterministic_algorithms does the same and loads the compiler, 1.4 s a job; on a GPU the gradient of warping has no such algorithm
+    torch.set_deterministic_debug_mode("error" if config.device == "cpu" else "default")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions round as the CPU's and as matrix products do
     torch.manual_seed(config.seed)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 

@@ -319,6 +319,38 @@ class TrainingSettings(Settings):
     decoder: TrainingStage = TrainingStage(steps=3000, batch=8, learning_rate=5e-4)
 
 
+class JobSettings(Settings):
+    """What each job of one rule asks of a scheduler; `python -m qvsr plan` says what it expects a job to need."""
+
+    mem_mb: int = Field(ge=1, description="main memory of a job in MB; no more jobs run at once than fit")
+    runtime: int = Field(ge=1, description="minutes after which a cluster ends a job; a local run has no limit")
+
+
+class JobsSettings(Settings):
+    """What the jobs of each rule ask for. The defaults are for the small model; `config/paper.yaml` has those of the full size."""
+
+    clips: JobSettings = JobSettings(mem_mb=800, runtime=30)
+    calibrate: JobSettings = JobSettings(mem_mb=1300, runtime=60)
+    quantize: JobSettings = JobSettings(mem_mb=1300, runtime=120)
+    restore: JobSettings = JobSettings(mem_mb=1300, runtime=60)
+    measure: JobSettings = JobSettings(mem_mb=1400, runtime=120)
+    tables: JobSettings = JobSettings(mem_mb=1300, runtime=60)
+    figures: JobSettings = JobSettings(mem_mb=1100, runtime=30)
+    layers: JobSettings = JobSettings(mem_mb=1300, runtime=120)
+    ablation: JobSettings = JobSettings(mem_mb=1300, runtime=60)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_the_two(cls, given: Any) -> Any:
+        """What is not given of a rule is its default, also where the other one is."""
+        if not isinstance(given, Mapping):
+            return given
+        defaults = {name: field.default.model_dump() for name, field in cls.model_fields.items()}
+        return {
+            name: merge(defaults[name], jobs) if name in defaults and isinstance(jobs, Mapping) else jobs for name, jobs in given.items()
+        }
+
+
 class VsrevalSettings(Settings):
     """The program that computes the metrics dover and fastervqa."""
 
@@ -371,6 +403,10 @@ class Config(Settings):
         (), description="noise seeds that every clip is restored with, `seed` among them; tables then have mean ± sd; none: `seed` alone"
     )
     threads: int = Field(1, ge=1, description="torch threads of one job; fixed, since sums depend on it")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where the networks run; cuda: each job that runs them asks for one GPU, and two runs agree to rounding only"
+    )
+    jobs: JobsSettings = JobsSettings()
 
     @field_validator("bits")
     @classmethod

@@ -32,6 +32,8 @@ GROUND_TRUTH = "ground_truth"
 REFERENCES = (GROUND_TRUTH, *UNQUANTIZED)
 UNQUANTIZED_BITS = "W32A32"
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+ON_DEVICE = ("calibrate", "quantize", "restore")  # rules whose jobs run the networks on `device`
+HEAVY_METRICS, HEAVY_METRICS_MB = {"dists", "maniqa", "dover", "fastervqa"}, 3500  # measured, see docs/weights.md
 SEED_SUFFIX = "-seed"  # behind a row's bits in the names of its folders, for noise of another seed than the run's
 PERMISSIVE = ("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "ISC", "Zlib", "Unlicense", "CC0-1.0")  # by SPDX name
 
@@ -318,7 +320,7 @@ class Plan:
         values = [base, own.model_dump(mode="json") if own else None]
         if base in plugins():
             values.append(str(plugins()[base]))
-        return _digest([values, self.digest("method.exclude", "backbone", "seed", "threads")])
+        return _digest([values, self.digest("method.exclude", "backbone", "seed", "threads", "device")])
 
     def clip_digest(self, dataset: str, clip: str) -> str:
         """Digest of the settings that one clip is made from; of the dataset's other clips only where their frames are in it."""
@@ -328,6 +330,19 @@ class Plan:
         own = whole.clips.get(clip)
         values = [whole.model_dump(mode="json", exclude={"clips", "limit"}), own.model_dump(mode="json") if own else None]
         return _digest([dataset, clip, values])
+
+    def mem_mb(self, rule: str) -> int:
+        """Main memory that a job of a rule asks for; measuring needs more where one of the metrics does."""
+        asked = int(getattr(self.config.jobs, rule).mem_mb)
+        return max(asked, HEAVY_METRICS_MB) if rule == "measure" and HEAVY_METRICS & set(self.config.metrics) else asked
+
+    def runtime(self, rule: str) -> int:
+        """Minutes that a job of a rule asks for."""
+        return int(getattr(self.config.jobs, rule).runtime)
+
+    def gpu(self, rule: str) -> int:
+        """GPUs that a job of a rule asks for."""
+        return int(self.config.device == "cuda" and rule in ON_DEVICE)
 
     def weights(self) -> list[str]:
         """Weight files of the backbone that the stages read."""

@@ -68,12 +68,19 @@ class CalibrationSet:
         folder: written by :func:`record`.
         structure: the backbone's structure encoder; its maps are kept in memory up to 256 MiB.
         backbone_digest: refuse a set that was recorded with other weights; None does not ask.
+        device: where the tensors of a sample are put; that of `structure`.
     Raises:
         CalibrationError: the set is missing, incomplete, or of other weights.
     """
 
-    def __init__(self, folder: str | Path, structure: nn.Module | None = None, backbone_digest: str | None = None) -> None:
-        self.folder, self.structure = Path(folder), structure
+    def __init__(
+        self,
+        folder: str | Path,
+        structure: nn.Module | None = None,
+        backbone_digest: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.folder, self.structure, self.device = Path(folder), structure, device
         self.manifest = _read_json(self.folder / MANIFEST, "finish it with the calibrate stage")
         if self.manifest.get("format") != FORMAT:
             raise CalibrationError(f"{folder} has format {self.manifest.get('format')}, this program reads {FORMAT}: record it again")
@@ -86,7 +93,7 @@ class CalibrationSet:
         if missing:
             raise CalibrationError(f"{folder}: {len(missing)} files of its manifest are missing, first {missing[0]}: record it again")
         self.names: list[str] = sorted(self.manifest["files"])
-        self.context = load_file(self.folder / CONTEXT)["context"]
+        self.context = load_file(self.folder / CONTEXT)["context"].to(device)
         self._struct: dict[int, dict[str, Tensor]] = {}
         self._struct_bytes = 0
 
@@ -103,6 +110,7 @@ class CalibrationSet:
         if hashlib.sha256(file.read_bytes()).hexdigest() != self.manifest["files"][file.name]:
             raise CalibrationError(f"{file} is damaged (its content is not what was written): record the set again")
         tensors, facts = _read_sample(file)
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
         struct = self._maps(index, tensors["lq_latent"], tensors["t"])
         return Sample(
             tensors["x"], tensors["t"], self.context, struct, tensors["out"], tensors["lq_latent"], facts["clip"], int(facts["step"])
@@ -211,7 +219,7 @@ def record(
         marker = folder / f"{_plain(name)}.done.json"
         files |= json.loads(marker.read_text()) if marker.is_file() else {}
     _write_json(folder / MANIFEST, {**plan, "files": dict(sorted(files.items()))})
-    return CalibrationSet(folder, backbone.structure, backbone.digest)
+    return CalibrationSet(folder, backbone.structure, backbone.digest, backbone.context.device)
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qvsr.config import Config
+from qvsr.devices import moved, pick
 from qvsr.plan import clip_name, settings_digest
 from qvsr.progress import progress
 from qvsr.provenance import atomic_path, code_digest
@@ -29,11 +30,12 @@ def run(config: Config, lq: Sequence[Path], out: Path) -> None:
     from qvsr.models.checkpoints import load_backbone
     from qvsr.models.flow import estimator
 
-    backbone = load_backbone(config.backbone)
-    flow = estimator(config.sampling.flow, config.backbone.flow_weights)
+    device = pick(config.device)
+    backbone = moved(load_backbone(config.backbone), device)
+    flow = estimator(config.sampling.flow, config.backbone.flow_weights, device)
     clips = [(clip_name(folder), read_frames_TCHW(folder)) for folder in lq]
     # The workflow empties `out` before it calls again, so the recording has a folder of its own until it is complete.
-    key = f"{settings_digest(config, 'backbone', 'sampling', 'calibration', 'seed', 'threads')}{code_digest(*CODE)}{backbone.digest}"
+    key = f"{settings_digest(config, 'backbone', 'sampling', 'calibration', 'seed', 'threads', 'device')}{code_digest(*CODE)}{backbone.digest}"
     recording = out.with_name(f".recording-{key}-{out.name}")
     for old in recording.parent.glob(f".recording-*-{out.name}") if recording.parent.is_dir() else []:
         if old != recording:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qvsr.config import Config, QuantSpec, parse_bits
+from qvsr.devices import moved, pick
 from qvsr.provenance import code_digest
 from qvsr.registry import BASELINES, plugins
 
@@ -47,9 +48,10 @@ def run(config: Config, method: str, bits: str, calibration: Path, out: Path) ->
         schedule=config.backbone.schedule,
         steps=config.sampling.steps,
     )
-    backbone = load_backbone(config.backbone)
-    samples = CalibrationSet(calibration, backbone.structure, backbone.digest)
-    unet = quantize(backbone.unet, samples, spec)
+    device = pick(config.device)
+    backbone = moved(load_backbone(config.backbone), device)
+    samples = CalibrationSet(calibration, backbone.structure, backbone.digest, device)
+    unet = quantize(backbone.unet, samples, spec).cpu()
     header = {
         "method": method,
         "base": base,

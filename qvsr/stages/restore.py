@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from qvsr.config import Config
 from qvsr.data import clips
+from qvsr.devices import moved, pick
 from qvsr.plan import UNQUANTIZED, clip_name
 from qvsr.progress import progress
 
@@ -54,7 +55,9 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
             if (header["method"], header["bits"]) != (method, bits):
                 raise RestoreStageError(f"{checkpoint} is {header['method']} {header['bits']}, not {method} {bits}")
             backbone = replace(backbone, unet=cast("InflatedUNet", quantized.load(checkpoint, backbone.unet)))
-        flow = estimator(config.sampling.flow, config.backbone.flow_weights)
+        device = pick(config.device)
+        backbone = moved(backbone, device)
+        flow = estimator(config.sampling.flow, config.backbone.flow_weights, device)
         noise = KeyedNoise(config.seed if seed is None else seed, name)
         with progress(f"restore {name} {method} {bits}") as report:
             pieces = list(restore_segments(backbone, frames_TCHW, config.sampling, noise, flow, progress=report, clip=name))

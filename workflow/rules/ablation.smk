@@ -11,7 +11,8 @@ rule ablation:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=1300,
+        mem_mb=plan.mem_mb("ablation"),
+        runtime=plan.runtime("ablation"),
     params:
         config=plan.settings_file,
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],

@@ -8,6 +8,9 @@ rule clips:
         "<results>/logs/clips/{dataset}/{clip}.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=plan.mem_mb("clips"),
+        runtime=plan.runtime("clips"),
     params:
         config=plan.settings_file,
         settings=lambda wildcards: plan.clip_digest(wildcards.dataset, wildcards.clip),

@@ -9,7 +9,8 @@ rule figures:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=1100,
+        mem_mb=plan.mem_mb("figures"),
+        runtime=plan.runtime("figures"),
     params:
         config=plan.settings_file,
         settings=plan.digest("methods", "metrics", "bits", "picture"),

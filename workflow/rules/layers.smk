@@ -15,7 +15,8 @@ rule layers:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=1300,
+        mem_mb=plan.mem_mb("layers"),
+        runtime=plan.runtime("layers"),
     params:
         config=plan.settings_file,
         settings=plan.digest("backbone", "sampling.tile", "threads"),

@@ -17,7 +17,8 @@ rule measure:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=3500 if {"dists", "maniqa", "dover", "fastervqa"} & set(plan.config.metrics) else 1400,
+        mem_mb=plan.mem_mb("measure"),
+        runtime=plan.runtime("measure"),
     params:
         config=plan.settings_file,
         clips=lambda wildcards: [f"--clip {clip}" for clip in plan.clips(wildcards.dataset)],

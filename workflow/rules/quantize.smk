@@ -12,7 +12,9 @@ rule quantize:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=1300,
+        mem_mb=plan.mem_mb("quantize"),
+        runtime=plan.runtime("quantize"),
+        gpu=plan.gpu("quantize"),
     params:
         config=plan.settings_file,
         settings=lambda wildcards: plan.method_digest(wildcards.method),
@@ -23,6 +25,7 @@ rule quantize:
             "qvsr/quantvsr.py",
             "qvsr/kernels/**/*.py",
             "qvsr/data/calibration.py",
+            "qvsr/devices.py",
             "qvsr/models/**/*.py",
             "baselines/*.py",
         ),

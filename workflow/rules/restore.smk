@@ -15,14 +15,17 @@ rule restore:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=1300,
+        mem_mb=plan.mem_mb("restore"),
+        runtime=plan.runtime("restore"),
+        gpu=plan.gpu("restore"),
     params:
         config=plan.settings_file,
         seed=lambda wildcards: plan.noise_seed(wildcards.seed),
-        settings=plan.digest("backbone", "sampling", "threads"),
+        settings=plan.digest("backbone", "sampling", "threads", "device"),
         code=code_digest(
             "qvsr/stages/restore.py",
             "qvsr/data/clips.py",
+            "qvsr/devices.py",
             "qvsr/models/**/*.py",
             "qvsr/quant/**/*.py",
             "!qvsr/quant/cost.py",

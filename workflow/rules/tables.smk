@@ -11,7 +11,8 @@ rule tables:
         "../../environment.yml"
     threads: plan.config.threads
     resources:
-        mem_mb=1300,
+        mem_mb=plan.mem_mb("tables"),
+        runtime=plan.runtime("tables"),
     params:
         config=plan.settings_file,
         benchmarks=str(plan.output / "benchmarks" / "quantize"),  # what quantizing took; read where it is there
