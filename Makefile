@@ -7,7 +7,7 @@ READY := .venv/.ready
 SNAKEMAKE := $(BIN)/snakemake
 LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) # behind the targets: --resources takes all words that follow it
 
-.PHONY: all setup tables figures smoke test lint dry reference new-baseline clean
+.PHONY: all setup tables figures smoke test test-slurm lint dry reference new-baseline clean
 .DEFAULT_GOAL := tables
 
 setup: $(READY)
@@ -26,6 +26,9 @@ smoke: $(READY)  ## one clip of five frames: results/smoke
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -q
+
+test-slurm: $(READY)  ## the workflow through a Slurm cluster of one node, started for this and ended after it
+	sh scripts/test_slurm.sh $(BIN)/python
 
 lint: $(READY)
 	$(BIN)/ruff check .
