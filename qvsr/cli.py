@@ -487,6 +487,29 @@ def cost(
         partial.write_text(cost_csv(cost_lines(planned_costs(resolved, rank), resolved.methods)))
 
 
+@app.command("plan")
+def plan_(
+    config: ConfigOption = plan.DEFAULT,
+    device: Annotated[str | None, typer.Option(help="cpu, a6000, a100 or h100; default: by the settings' device, a6000 for cuda")] = None,
+    gmacs: Annotated[
+        float | None, typer.Option(min=1e-3, help="its 1e9 multiply-accumulates a second in float32, of a CPU for a thread")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs that may be used at once")] = 1,
+    cores: Annotated[int, typer.Option(min=1, help="CPU cores likewise")] = 8,
+    clips: Annotated[
+        list[str] | None, typer.Option(help="NAME=COUNTxFRAMESxHEIGHTxWIDTH (LQ) of a dataset that is not here; may be repeated")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Say what a run will take before anything runs: jobs, downloads, disk, memory, hours by method."""
+    resolved = settings(config, set_)
+    from qvsr.stages import plan as stage
+
+    planned = stage.plan(resolved, device, gmacs, dict(stage.parse_clips(one) for one in clips or []))
+    typer.echo(json.dumps(planned.json(), indent=1) if json_ else stage.show(planned, devices, cores))
+
+
 @app.command()
 def train(
     weights: Annotated[Path, typer.Option(help="safetensors to write: U-Net, structure encoder, context")],

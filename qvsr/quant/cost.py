@@ -341,6 +341,11 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
     Args:
         rank: of every low-rank branch; default: the method's own, its smallest where the allocation needs calibration.
     """
+    return [cost(facts, method, bits) for method, bits, facts in planned_facts(config, rank)]
+
+
+def planned_facts(config: Config, rank: int | None = None) -> list[tuple[str, str, Facts]]:
+    """Method, bits and facts of every row of :func:`planned_costs`."""
     from qvsr.config import parse_bits
     from qvsr.models.unet import InflatedUNet
 
@@ -348,7 +353,7 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
         unet = InflatedUNet(config.backbone.unet).eval()
     inputs = example_inputs(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens, "meta")
     facts = count(unet, *inputs)
-    rows = [cost(facts, "full_precision", "W32A32")]
+    rows = [("full_precision", "W32A32", facts)]
     for bits in config.bits:
         for method in config.methods:
             if method in ("full_precision", "bicubic", *config.external):
@@ -364,5 +369,5 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
                 split=getattr(own, "channel_split", False),
                 rotate=getattr(own, "rotation", False),
             )
-            rows.append(cost(planned, method, bits))
+            rows.append((method, bits, planned))
     return rows
