@@ -2,10 +2,11 @@
 PYTHON ?= python3.11
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 MEMORY_MB ?= 4000
+GPUS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 SNAKEMAKE := $(BIN)/snakemake
-LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) # behind the targets: --resources takes all words that follow it
+LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) gpu=$(GPUS) # behind the targets: --resources takes all words that follow it
 
 .PHONY: all setup tables figures smoke test test-slurm lint dry reference new-baseline clean
 .DEFAULT_GOAL := tables

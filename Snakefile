@@ -8,6 +8,8 @@ from qvsr.provenance import code_digest
 planning.environment()
 plan = planning.Plan.from_snakemake(config, workflow.configfiles)
 planning.export(plan.config)
+if workflow.remote_exec:
+    plan.settings_here()
 
 
 pathvars:

@@ -306,6 +306,11 @@ class Plan:
         with atomic_path(self.settings_file) as partial:
             partial.write_text(to_json(self.config))
 
+    def settings_here(self) -> None:
+        """Write the resolved settings unless they are there: a job that shares no folder with the run does not see the file of its start."""
+        if not Path(self.settings_file).exists():
+            self.write_settings()
+
     def print_remarks(self) -> None:
         """Tell people what the settings imply; on standard error, once a run."""
         for remark in self.remarks:
