@@ -1,6 +1,6 @@
 #!/bin/sh
-# `make test-slurm`: starts a Slurm cluster of one node, runs the workflow's tests through it, ends it. The daemons, their keys and their
-# state live in pytest's temporary folder; Snakemake's executor in one of its own, so that the default environment stays as it is.
+# `make test-slurm`: starts a Slurm cluster of one node, runs the workflow's tests through it, ends it. The daemons' keys, state and logs are in
+# a temporary folder; Snakemake's executor is in another, so that the default environment stays as it is. Both are removed.
 # Debian's packages slurm-wlm and munge are installed where they are missing, and stay.
 set -eu
 python="${1:-python}"

@@ -73,6 +73,7 @@ ANY_SIZE = ("maniqa", "dover", "fastervqa")
 OTHER_METRIC_SECONDS = 0.15  # psnr, ssim and the like
 HD = 1280 * 720
 PNG_BYTES_A_PIXEL = 1.6  # of 8-bit RGB video frames; measured of the default clips
+PAIR = 1 + 1 / 16  # a clip's pixels with those of its LQ frames
 TORCH_MB = 550  # a process that has loaded torch and this package; measured
 LIVE_MAPS = 6  # feature maps of the autoencoder's first level that are alive at once
 KEPT_FOR_BACKWARD = 2.5  # bytes kept for the backward pass over those of all layers' outputs
@@ -514,7 +515,7 @@ def plan(config: Config, device: str | None = None, gmacs: float | None = None, 
         samples=samples,
         stages=stages,
         rows=rows,
-        downloads=_downloads(run),
+        downloads=_downloads(run, clips),
         disk_gb=_disk(config, run, nets, clips, samples * share),
         remarks=remarks,
     )
@@ -580,32 +581,38 @@ def _memory(config: Config, nets: Networks, clips: Sequence[Clips]) -> tuple[dic
     return host, {"calibrate": inference, "quantize": quantizing, "restore": inference}
 
 
-def _downloads(run: Plan) -> list[tuple[str, int | None]]:
-    """Files that the configuration needs and that are not here, with their sizes where they are known."""
+def _downloads(run: Plan, clips: Mapping[str, Sequence[Clips]]) -> list[tuple[str, int | None]]:
+    """Files and data sets that the configuration needs and that are not here, with their sizes in bytes where they are known; a set's is estimated."""
     from qvsr.data import assets
 
     missing: list[tuple[str, int | None]] = []
     for path in run.assets():
         name, asset = assets.get(Path(path).name)
-        if not asset.path.is_file():
+        if not asset.path.exists():
             missing.append((name, asset.bytes))
     missing += [(path, None) for path in run.weights() if not Path(path).is_file()]
+    for dataset, found in clips.items():
+        place = run.config.datasets[dataset].path
+        if place is not None and not place.exists():
+            missing.append((str(place), round(_pixels(found) * PAIR * PNG_BYTES_A_PIXEL)))
     return missing
+
+
+def _pixels(clips: Sequence[Clips]) -> int:
+    """Of all restored frames of the clips."""
+    return sum(one.count * one.frames * one.height * one.width * 16 for one in clips)
 
 
 def _disk(config: Config, run: Plan, nets: Networks, clips: Mapping[str, Sequence[Clips]], samples: float) -> dict[str, float]:
     """GB that a run writes, by folder of its output; `samples` of whole tiles."""
 
-    def pixels(dataset: str) -> int:
-        return sum(one.count * one.frames * one.height * one.width * 16 for one in clips[dataset])
-
     unet, tile = config.backbone.unet, config.sampling.tile**2
     a_sample = unet.num_frames * (unet.in_channels + unet.out_channels + config.backbone.vae.embed_dim) * tile * 4
     restored = sum(len(run.suffixes(method)) for method, _ in run.rows() if method != GROUND_TRUTH) * sum(
-        pixels(d) for d in config.evaluate
+        _pixels(clips[dataset]) for dataset in config.evaluate
     )
     return {
-        "clips": sum(pixels(dataset) for dataset in clips) * (1 + 1 / 16) * PNG_BYTES_A_PIXEL / 1e9,
+        "clips": sum(_pixels(found) for found in clips.values()) * PAIR * PNG_BYTES_A_PIXEL / 1e9,
         "calibration": samples * a_sample / 1e9,
         "quantized": sum(nets.file_bytes.values()) / 1e9,
         "restored": restored * PNG_BYTES_A_PIXEL / 1e9,

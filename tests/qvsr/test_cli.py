@@ -19,6 +19,7 @@ STAGES = (
     "figures",
     "layers",
     "cost",
+    "plan",
     "schema",
     "config",
     "train",

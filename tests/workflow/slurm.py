@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 CONFIGURATION = """\
 ClusterName=qvsr
 SlurmctldHost={host}(127.0.0.1)
@@ -52,16 +52,22 @@ class ClusterError(RuntimeError):
 
 
 @contextmanager
-def cluster(folder: Path, cpus: int = 2, memory_mb: int = 6000) -> Iterator[dict[str, str]]:
-    """Start the daemons and end them, whatever happens inside.
+def cluster(cpus: int = 2, memory_mb: int = 6000) -> Iterator[dict[str, str]]:
+    """Start the daemons and end them, whatever happens inside; keys, configuration, state and logs are in a folder that goes with them.
 
     Args:
-        folder: empty; keys, configuration, state and logs go there. Nothing is written elsewhere.
         cpus, memory_mb: what the node claims to have.
     Yields:
         variables by which every Slurm command finds this cluster.
     """
-    folder.chmod(0o755)  # munged refuses a socket in a folder that others cannot enter
+    with TemporaryDirectory(prefix="qvsr-slurm-") as name:
+        Path(name).chmod(0o755)  # munged refuses a socket in a folder that others cannot enter; pytest's own is closed to them
+        with started(Path(name), cpus, memory_mb) as variables:
+            yield variables
+
+
+@contextmanager
+def started(folder: Path, cpus: int, memory_mb: int) -> Iterator[dict[str, str]]:
     for name in ("state", "spool"):
         (folder / name).mkdir()
     key = folder / "munge.key"
@@ -70,7 +76,12 @@ def cluster(folder: Path, cpus: int = 2, memory_mb: int = 6000) -> Iterator[dict
     configuration = folder / "slurm.conf"
     user, host = pwd.getpwuid(os.getuid()).pw_name, socket.gethostname().split(".")[0]
     configuration.write_text(CONFIGURATION.format(folder=folder, user=user, host=host, ports=free_ports(2), cpus=cpus, memory_mb=memory_mb))
-    variables = {"SLURM_CONF": str(configuration)}
+    # Snakemake's jobs take every variable of Slurm's away before they call srun, which then looks for its configuration in /etc
+    found_by = folder / "bin" / "srun"
+    found_by.parent.mkdir()
+    found_by.write_text(f'#!/bin/sh\nSLURM_CONF={configuration} exec {program("srun")} "$@"\n')
+    found_by.chmod(0o755)
+    variables = {"SLURM_CONF": str(configuration), "PATH": os.pathsep.join([str(found_by.parent), os.environ.get("PATH", "")])}
     munged = [f"--key-file={key}", *(f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed"))]
     commands = {
         "munged": [program("munged"), "--foreground", f"--socket={folder}/munge.socket", *munged],

@@ -29,8 +29,8 @@ ARGUMENTS = (
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    with cluster(tmp_path_factory.mktemp("cluster")) as variables:
+def slurm():
+    with cluster() as variables:
         yield variables
 
 
@@ -75,7 +75,7 @@ def test_a_job_killed_by_scancel_is_retried(slurm, finished, tmp_path):
     with log.open("w") as out:
         running = subprocess.Popen(command(), cwd=project, env=environment(slurm), stdout=out, stderr=out)
         try:
-            killed = victim(slurm, before, running, "restore")
+            killed = victim(slurm, before, running, "restore", log)
             ask(["scancel", killed], slurm)
             assert running.wait(1200) == 0, log.read_text()
         finally:
@@ -88,7 +88,7 @@ def test_a_job_killed_by_scancel_is_retried(slurm, finished, tmp_path):
     same_files(project, finished)
 
 
-def victim(slurm: dict[str, str], before: set[str], running: subprocess.Popen, rule: str) -> str:
+def victim(slurm: dict[str, str], before: set[str], running: subprocess.Popen, rule: str, log: Path) -> str:
     """Number of the first job of a rule that has been running for two seconds."""
     while running.poll() is None:
         seen = [number for number, (_, comment) in jobs(slurm, "running").items() if number not in before and rule in comment]
@@ -97,4 +97,4 @@ def victim(slurm: dict[str, str], before: set[str], running: subprocess.Popen, r
             if seen[0] in jobs(slurm, "running"):
                 return seen[0]
         time.sleep(0.2)
-    raise AssertionError(f"Snakemake ended before a job of the rule {rule} was seen running")
+    raise AssertionError(f"Snakemake ended before a job of the rule {rule} was seen running: {log.read_text()}")

@@ -10,7 +10,7 @@ rule mini_weights:
         "<results>/logs/mini_weights.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores or 1
+    threads: lambda wildcards: workflow.cores  # asked for when the rule runs: a run that hands all jobs to a cluster has no number of its own
     params:
         config=plan.settings_file,
         state=str(plan.output / "training" / "state"),

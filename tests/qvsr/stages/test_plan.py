@@ -211,7 +211,9 @@ def test_the_files_that_are_not_here_are_listed(paper, default, tmp_path, monkey
     assert found == {"alexnet": 244_408_911}
     (tmp_path / "alexnet-owt-7be5be79.pth").touch()
     assert not plan.plan(settings(metrics=["psnr", "lpips"])).downloads
-    assert "resources/mgldvsr-unet.safetensors" in dict(paper.downloads)
+    wanted = dict(paper.downloads)
+    assert wanted["resources/mgldvsr-unet.safetensors"] is None
+    assert wanted["resources/REDS4"] == pytest.approx(400 * (1280 * 720 + 320 * 180) * 1.6)  # PNG of video: 1.6 bytes a pixel
 
 
 def test_what_is_written_fills_as_much_as_it_filled(default):
