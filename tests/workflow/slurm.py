@@ -103,7 +103,8 @@ def started(folder: Path, cpus: int, memory_mb: int) -> Iterator[dict[str, str]]
 
 @contextmanager
 def daemon(name: str, command: list[str], folder: Path, variables: dict[str, str]) -> Iterator[None]:
-    """A process in the foreground, ended with the block: asked to, and after ten seconds made to."""
+    """A process in the foreground, ended with the block: asked to, and after ten seconds made to. It ends too where this process is killed."""
+    command = [program("setpriv"), "--pdeathsig", "TERM", *command]
     with (folder / f"{name}.out").open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **variables})
         try:
