@@ -69,6 +69,12 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         CheckpointError: a file is missing or damaged, or its keys or shapes are not the configuration's; one line.
     """
     weights, vae_weights = WeightFile(settings.weights, "weights"), WeightFile(settings.vae_weights, "vae_weights")
+    # First, from begin to end: the tensors, which are asked for in another order, are in the system's cache then.
+    digest = hashlib.sha256()
+    for file in (weights.file, vae_weights.file):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
     with torch.device("meta"):
         backbone = build(settings)
     weights.fill(backbone.unet, UNET)
@@ -89,11 +95,6 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
             f"{settings.weights}: {CONTEXT} is {weights.shapes[CONTEXT]}, the configuration {settings.name} needs {expected}"
         )
     context = weights.read([CONTEXT])[CONTEXT]
-    digest = hashlib.sha256()
-    for file in (weights.file, vae_weights.file):
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 22):
-                digest.update(block)
     return Backbone(settings, backbone.unet, backbone.structure, backbone.first_stage, backbone.vae, context, digest.hexdigest()[:16])
 
 
