@@ -591,7 +591,7 @@ def _downloads(run: Plan, clips: Mapping[str, Sequence[Clips]]) -> list[tuple[st
     for path in run.assets():
         name, asset = assets.get(Path(path).name)
         if not asset.path.exists():
-            missing.append((name, asset.bytes))
+            missing.append((name, asset.expected))
     missing += [(path, None) for path in run.weights() if not Path(path).is_file()]
     for dataset, found in clips.items():
         place = run.config.datasets[dataset].path
