@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qvsr.quant import low_rank
 from qvsr.quant.low_rank import gram_init, product, rank_limit, svd_init
 
 
@@ -18,6 +19,20 @@ def test_best_approximation(shape: tuple[int, ...]) -> None:
         assert l1.shape == (shape[0], rank) and l2.shape == (rank, *shape[1:])
         expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
         np.testing.assert_allclose(product(l1, l2).flatten(1), expected, atol=1e-5)  # float32 SVD of values of order 1
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (8, 6, 3, 3)])
+def test_a_large_weight_has_the_same_factors(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    u, s, vh = np.linalg.svd(weight.flatten(1).double().numpy(), full_matrices=False)
+    monkeypatch.setattr(low_rank, "LARGE", 4)
+    l1, l2 = svd_init(weight, 5)
+    np.testing.assert_allclose(product(l1, l2).flatten(1), (u[:, :5] * s[:5]) @ vh[:5], atol=1e-5)
+    np.testing.assert_allclose(l1.norm(dim=0), s[:5], rtol=1e-5)  # U S, the largest first, and orthonormal V
+    np.testing.assert_allclose(l2.flatten(1) @ l2.flatten(1).T, np.eye(5), atol=1e-5)
+    assert l1.is_contiguous() and l2.is_contiguous()
+    dead, rows = svd_init(torch.zeros(shape), 5)
+    assert not dead.any() and bool(rows.isfinite().all())
 
 
 @pytest.mark.parametrize("rank", [0, 7])
