@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from qvsr.quant.apply import quant_layers
 from qvsr.quant.layer import QuantError
 
 log = logging.getLogger(__name__)
 LR_FACTOR = 0.2
 PROBES = 8
+LARGE = 2**28  # weights of quantized layers in a network from which those that are rounded for training are not kept
 
 
 class Sample(Protocol):
@@ -126,7 +131,7 @@ def train(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), recomputed(network):
             for update in range(updates):
                 total = 0.0
                 for _ in range(accumulate):
@@ -158,6 +163,23 @@ def train(
                 parameter.copy_(value)
         log.warning("%s: it did not fall, so the parameters stay as they were; lower learning_rate or raise the updates", line)
     return curve
+
+
+@contextmanager
+def recomputed(network: nn.Module) -> Iterator[None]:
+    """Within the block, open layers of a large network compute again in the backward pass what they need there, instead of keeping it.
+
+    Training through the rounding keeps several copies of every weight; the gradients are the same.
+    """
+    layers = [layer for layer in quant_layers(network).values() if layer.is_open]
+    large = sum(math.prod(layer.geometry.weight_shape) for layer in layers) >= LARGE
+    for layer in layers if large else ():
+        setattr(layer, "forward", functools.partial(checkpoint, layer.forward, use_reentrant=False))  # noqa: B010  (a method to mypy)
+    try:
+        yield
+    finally:
+        for layer in layers if large else ():
+            delattr(layer, "forward")
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

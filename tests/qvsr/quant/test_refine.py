@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from qvsr.quant import apply
+from qvsr.quant import apply, refine
 from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer, halves
 from qvsr.quant.refine import Curve, mean_loss, train
 
@@ -51,6 +51,28 @@ def test_only_the_parameters_move_and_gradients_are_off_again() -> None:
 def test_two_runs_agree_and_the_seed_matters() -> None:
     assert fit(4)[2] == fit(4)[2]
     assert fit(4)[2].updates != fit(4, seed=1)[2].updates
+
+
+def kept_for_backward(net: tiny.Net, call: tiny.Call) -> list[tuple[int, ...]]:
+    """Shapes of what a call keeps until its backward pass."""
+    shapes = []
+    for parameter in branches(net):
+        parameter.requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (shapes.append(tuple(saved.shape)), saved)[1], lambda saved: saved):
+        refine.call(net, call)
+    return shapes
+
+
+def test_a_large_network_trains_the_same_without_keeping_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = fit(3)[2]
+    net, calls = quantized()
+    weights = {tuple(layer.weight.shape) for layer in apply.quant_layers(net).values()}
+    assert weights & set(kept_for_backward(net, calls[0]))
+    monkeypatch.setattr(refine, "LARGE", 1)
+    with refine.recomputed(net):
+        assert not weights & set(kept_for_backward(net, calls[0]))
+    assert all("forward" not in vars(layer) for layer in apply.quant_layers(net).values())
+    assert fit(3)[2] == small
 
 
 def test_rate_falls_to_a_fifth_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
