@@ -18,6 +18,7 @@ The counting works on a plain list of :class:`LayerFact`, which :func:`count` ta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -191,10 +192,14 @@ def count(network: nn.Module, *inputs: Any) -> Facts:
         attention = stack.enter_context(_AttentionCounter())
         network(*inputs)
 
-    own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    other = sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in own)
     facts = tuple(_fact(name, layer, outputs[name], entries[name]) for name, layer in layers.items())
-    return Facts(facts, other, attention.macs)
+    return Facts(facts, _other_params(network, layers), attention.macs)
+
+
+def _other_params(network: nn.Module, layers: Mapping[str, nn.Module]) -> int:
+    """Parameters that belong to none of the layers: norms and the like."""
+    own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    return sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in own)
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
@@ -325,14 +330,34 @@ def example_inputs(
 
 
 def measured_cost(unet: nn.Module, config: Config, method: str, bits: str) -> Cost:
-    """The row of a (quantized) U-Net itself, by one call on a tile of the configured size."""
+    """The row of a (quantized) U-Net itself, for one call on a tile of the configured size."""
     return cost(measured_facts(unet, config), method, bits)
 
 
 def measured_facts(unet: nn.Module, config: Config) -> Facts:
-    """What one call of a (quantized) U-Net on a tile of the configured size consists of."""
-    device = next(unet.parameters()).device
-    return count(unet, *example_inputs(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens, str(device)))
+    """What one call of a (quantized) U-Net on a tile of the configured size consists of.
+
+    Nothing is computed: layers are described as they are, and how often each is applied follows from the full-precision U-Net without weights.
+    Of a layer with forms by timestep the first one runs.
+    """
+    full = full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens)
+    applied, layers = {layer.name: layer for layer in full.layers}, layers_of(unet)
+    facts = []
+    for name, layer in layers.items():
+        place, _, form = name.partition(".rows.")
+        runs = form in ("", "0")
+        facts.append(_fact(name, layer, applied[place].positions * runs, applied[place].input_positions * runs))
+    return Facts(tuple(facts), _other_params(unet, layers), full.attention_macs)
+
+
+@functools.cache
+def full_facts(settings: UNetSettings, tile: int, context_tokens: int) -> Facts:
+    """Facts of the full-precision U-Net, counted on the meta device."""
+    from qvsr.models.unet import InflatedUNet
+
+    with torch.device("meta"):
+        unet = InflatedUNet(settings).eval()
+    return count(unet, *example_inputs(settings, tile, context_tokens, "meta"))
 
 
 def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
@@ -347,12 +372,8 @@ def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:
 def planned_facts(config: Config, rank: int | None = None) -> list[tuple[str, str, Facts]]:
     """Method, bits and facts of every row of :func:`planned_costs`."""
     from qvsr.config import parse_bits
-    from qvsr.models.unet import InflatedUNet
 
-    with torch.device("meta"):
-        unet = InflatedUNet(config.backbone.unet).eval()
-    inputs = example_inputs(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens, "meta")
-    facts = count(unet, *inputs)
+    facts = full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens)
     rows = [("full_precision", "W32A32", facts)]
     for bits in config.bits:
         for method in config.methods:

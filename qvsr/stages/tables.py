@@ -60,13 +60,15 @@ def described(config: Config, checkpoints: Sequence[Path]) -> tuple[Facts, list[
     """What the full-precision U-Net is made of; and the header of each checkpoint, with what the U-Net with its layers is made of."""
     from qvsr.models.checkpoints import load_backbone
     from qvsr.quant import checkpoint as quantized
+    from qvsr.quant.apply import exchanged, quantizable
     from qvsr.quant.cost import measured_facts
 
-    full = measured_facts(load_backbone(config.backbone).unet, config)
+    unet = load_backbone(config.backbone).unet
+    full = measured_facts(unet, config)
     found = []
     for checkpoint in checkpoints:
-        unet = quantized.load(checkpoint, load_backbone(config.backbone).unet)
-        found.append((quantized.read_header(checkpoint), measured_facts(unet, config)))
+        with exchanged(unet, quantizable(unet)):  # the full-precision layers are back for the next one
+            found.append((quantized.read_header(checkpoint), measured_facts(quantized.load(checkpoint, unet), config)))
     return full, found
 
 
