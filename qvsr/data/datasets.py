@@ -120,6 +120,8 @@ def expected_clips(settings: DatasetSettings) -> int | None:
 
 def _clips(settings: DatasetSettings, dataset: str) -> dict[str, ClipSettings]:
     clips = dict(settings.clips) or {name: ClipSettings(source=source) for name, source in _found(settings, dataset).items()}
+    if settings.crop is not None:
+        clips = {name: clip if clip.crop else clip.model_copy(update={"crop": settings.crop}) for name, clip in clips.items()}
     for name in clips:
         if not NAME.match(name):
             raise DatasetError(f"datasets.{dataset}.clips: name {name!r} is not a file name of letters, digits, '.', '_' and '-'")
@@ -169,8 +171,8 @@ def _published(settings: DatasetSettings, folder: Path, dataset: str) -> dict[st
         names = list(published.clips)
     else:
         names = sorted(manifest["clips"])
-        needed = min(published.count, settings.limit or published.count)
-        if len(names) < needed:  # a build that was stopped must not become a mean over fewer clips
+        if not is_built(settings):  # a build that was stopped must not become a mean over fewer clips
+            needed = min(published.count, settings.limit or published.count)
             raise DatasetError(f"datasets.{dataset}.path: {folder} was built with {len(names)} of {needed} clips; {_build_it(dataset)}")
     if not names:
         raise DatasetError(
@@ -180,7 +182,23 @@ def _published(settings: DatasetSettings, folder: Path, dataset: str) -> dict[st
 
 
 def _build_it(dataset: str) -> str:
-    return f"python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives"
+    return (
+        f"python -m qvsr dataset build {dataset} --from FOLDER makes it from unpacked archives, "
+        f"the workflow from those that datasets.{dataset}.archives names"
+    )
+
+
+def is_built(settings: DatasetSettings) -> bool:
+    """Whether one of the paper's sets is there with every clip that the settings ask for; by its manifest."""
+    assert settings.path is not None
+    manifest = read_manifest(settings.path)
+    if manifest is None:
+        return False
+    published = PUBLISHED[settings.kind]
+    wanted = [clip.source for clip in settings.clips.values()] or (published.clips if "clips" in published.certain else ())
+    if wanted:
+        return set(wanted[: settings.limit]) <= set(manifest["clips"])
+    return len(manifest["clips"]) >= min(published.count, settings.limit or published.count)
 
 
 def made_by(settings: DatasetSettings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from qvsr import config as settings
 from qvsr import plan
 from qvsr.config import ConfigError
 from qvsr.data import assets
+from qvsr.data.published import write_manifest
 from qvsr.provenance import ROOT
 from qvsr.registry import BASELINES, METRICS
 
@@ -346,3 +347,37 @@ def test_settings_file_keeps_the_order_of_clips(file, tmp_path):
     run.write_settings()
     again = plan.Plan(plan.resolve([run.settings_file], {}))
     assert again.pairs() == run.pairs() == [("clips", "walk"), ("clips", "carphone")]
+
+
+def paper_set(tmp_path, **changes) -> plan.Plan:
+    """Settings that evaluate SPMCS, whose clips have no published names, from an archive."""
+    own = {"kind": "spmcs", "path": str(tmp_path / "SPMCS"), "frames": 5, "limit": 1, "archives": ["quantvsr-spmcs"], **changes}
+    datasets = {"spmcs": own, "calibration": {"kind": "photographs"}}
+    return plan.Plan(settings.validate({"datasets": datasets, "evaluate": ["spmcs"]}, "test"))
+
+
+def test_a_set_that_the_run_builds_is_waited_for(tmp_path):
+    run, waited = paper_set(tmp_path), []
+
+    def build(dataset: str) -> None:
+        waited.append(dataset)
+        write_manifest(tmp_path / "SPMCS", {"format": 1, "clips": {"one": {}}})
+
+    run.wait_for = build
+    run.find_clips()  # nothing to find yet, and no error
+    assert run.unbuilt("spmcs") and not run.unbuilt("calibration")
+    assert run.archives("spmcs") == ["resources/assets/QuantVSR-SPMCS"]
+    assert run.row_frames("spmcs", "full_precision") == ["results/restored/spmcs/full_precision-W32A32/one"]
+    assert run.clips("spmcs") == ["one"] and waited == ["spmcs"] and not run.unbuilt("spmcs")
+    assert paper_set(tmp_path, limit=2).unbuilt("spmcs")  # more clips than were built
+    assert not paper_set(tmp_path, limit=2, archives=[]).unbuilt("spmcs")  # built by hand: clips says what is missing
+    assert paper_set(tmp_path, archives=[]).clip_digest("spmcs", "one") == run.clip_digest("spmcs", "one")
+
+
+def test_archives_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"datasets.spmcs.archives: .*'quantvsr-spmc'.*quantvsr-spmcs"):
+        paper_set(tmp_path, archives=["quantvsr-spmc"]).find_clips()
+    with pytest.raises(ConfigError, match="datasets.spmcs.archives: .*'raft-things'"):  # a file
+        paper_set(tmp_path, archives=["raft-things"]).find_clips()
+    with pytest.raises(ConfigError, match="archives is read with kind reds4 or"):
+        paper_set(tmp_path, kind="paired")

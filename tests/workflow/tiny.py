@@ -148,7 +148,7 @@ def due(project: Path, *arguments: str) -> set[str]:
     """Rules that a dry run would run."""
     done = snakemake(project, "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    return set(re.findall(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.MULTILINE)) - {"all"}
+    return set(re.findall(r"^(?:(?:local)?rule|checkpoint) (\w+):$", done.stdout + done.stderr, flags=re.MULTILINE)) - {"all"}
 
 
 def done(results: Path) -> int:

@@ -1,11 +1,7 @@
 rule calibrate:
     input:
         weights=plan.weights(),
-        lq=expand(
-            "<results>/clips/{dataset}/LQ/{clip}",
-            dataset=plan.config.calibration.dataset,
-            clip=plan.clips(plan.config.calibration.dataset),
-        ),
+        lq=lambda wildcards: plan.calibration_clips(),
     output:
         directory("<results>/calibration"),
     log:

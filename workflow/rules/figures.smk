@@ -1,7 +1,7 @@
 rule figures:
     input:
         measured=plan.measured(),
-        frames=plan.picture_frames(),
+        frames=lambda wildcards: plan.picture_frames(),
     output:
         directory("<results>/figures"),
     log:

