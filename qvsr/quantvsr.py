@@ -42,7 +42,7 @@ from qvsr.quant.clip import search_clips
 from qvsr.quant.gptq import round_layers
 from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer, halves
 from qvsr.quant.observe import observe_inputs
-from qvsr.quant.refine import Curve, Sample, Samples, call, mean_loss, train
+from qvsr.quant.refine import Curve, Sample, Samples, call, mean_loss, recomputed, train
 from qvsr.quant.search import weight_range
 from qvsr.quant.sensitivity import measure
 from qvsr.registry import BASELINES
@@ -305,7 +305,7 @@ def _train(
     what: str,
     weights: Sequence[float] | None,
 ) -> Curve:
-    with progress(what) as report:
+    with progress(what) as report, recomputed(unet):
         return train(
             unet,
             parameters,

@@ -146,6 +146,7 @@ class QuantLayer(nn.Module):
         self._grid: tuple[Tensor, Tensor] | None = None
         self.weight_shrink: tuple[Tensor, ...] | None = None
         self.refresh_ranges = False
+        self.keep_rounded = True  # an open layer's rounded weight, from call to call
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
@@ -434,9 +435,10 @@ class QuantLayer(nn.Module):
         weights = list(values.split(self.parts, 1)) if self.is_linear else [values]
         if not trained:
             weights = [part.detach().contiguous() for part in weights]
-            self._cache = (key, weights)
-            if not self.is_open:
-                self._grid = None
+            if self.keep_rounded or not self.is_open:
+                self._cache = (key, weights)
+        if not (self.keep_rounded and self.is_open):
+            self._grid = None
         return weights
 
     def integers(self) -> Tensor:

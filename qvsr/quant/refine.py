@@ -131,7 +131,7 @@ def train(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), recomputed(network):
+        with torch.enable_grad():
             for update in range(updates):
                 total = 0.0
                 for _ in range(accumulate):
@@ -167,18 +167,20 @@ def train(
 
 @contextmanager
 def recomputed(network: nn.Module) -> Iterator[None]:
-    """Within the block, open layers of a large network compute again in the backward pass what they need there, instead of keeping it.
-
-    Training through the rounding keeps several copies of every weight; the gradients are the same.
+    """Within the block, open layers of a large network keep no rounded weights: neither between calls nor for the backward pass, which computes them
+    again. Training through the rounding would hold several copies of every weight; losses and gradients are the same.
     """
     layers = [layer for layer in quant_layers(network).values() if layer.is_open]
-    large = sum(math.prod(layer.geometry.weight_shape) for layer in layers) >= LARGE
-    for layer in layers if large else ():
+    if sum(math.prod(layer.geometry.weight_shape) for layer in layers) < LARGE:
+        layers = []
+    for layer in layers:
+        layer.keep_rounded, layer._cache = False, None
         setattr(layer, "forward", functools.partial(checkpoint, layer.forward, use_reentrant=False))  # noqa: B010  (a method to mypy)
     try:
         yield
     finally:
-        for layer in layers if large else ():
+        for layer in layers:
+            layer.keep_rounded = True
             delattr(layer, "forward")
 
 

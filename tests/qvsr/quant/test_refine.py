@@ -71,8 +71,12 @@ def test_a_large_network_trains_the_same_without_keeping_rounded_weights(monkeyp
     monkeypatch.setattr(refine, "LARGE", 1)
     with refine.recomputed(net):
         assert not weights & set(kept_for_backward(net, calls[0]))
+        mean_loss(net, calls, range(2))
+        assert all(layer._cache is None and layer._grid is None for layer in apply.quant_layers(net).values())
     assert all("forward" not in vars(layer) for layer in apply.quant_layers(net).values())
-    assert fit(3)[2] == small
+    net, calls = quantized()
+    with refine.recomputed(net):
+        assert train(net, branches(net), calls, 3, 2, 1e-3, 0.01, 0) == small
 
 
 def test_rate_falls_to_a_fifth_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
