@@ -8,7 +8,7 @@ READY := .venv/.ready
 SNAKEMAKE := $(BIN)/snakemake
 LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) gpu=$(GPUS) # behind the targets: --resources takes all words that follow it
 
-.PHONY: all setup tables figures smoke test test-slurm lint dry reference new-baseline clean
+.PHONY: all setup tables figures smoke test test-slurm rehearsal lint dry reference new-baseline clean
 .DEFAULT_GOAL := tables
 
 setup: $(READY)
@@ -30,6 +30,9 @@ test: $(READY)
 
 test-slurm: $(READY)  ## the workflow through a Slurm cluster of one node, started for this and ended after it
 	sh scripts/test_slurm.sh $(BIN)/python
+
+rehearsal: $(READY)  ## the paper's setting at full size on synthetic frames and random weights, downloads included
+	CORES=$(CORES) $(BIN)/python scripts/rehearsal.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -473,18 +473,21 @@ def layers(
 
 @app.command()
 def cost(
-    out: Out,
+    out: Annotated[Path | None, typer.Option(help="write all columns as csv, too")] = None,
     config: ConfigOption = plan.DEFAULT,
     rank: Annotated[int | None, typer.Option(help="of every low-rank branch; default: the method's smallest")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Parameters and operations of every row, without weights."""
+    """Parameters and operations of every row, without weights, and what they count."""
     resolved = settings(config, set_)
     from qvsr.quant.cost import planned_costs
-    from qvsr.report.tables import cost_csv, cost_lines
+    from qvsr.report.tables import cost_csv, cost_lines, cost_markdown, one_call
 
-    with atomic_path(out) as partial:
-        partial.write_text(cost_csv(cost_lines(planned_costs(resolved, rank), resolved.methods)))
+    lines = cost_lines(planned_costs(resolved, rank), resolved.methods)
+    typer.echo(cost_markdown(lines, one_call(resolved)), nl=False)
+    if out is not None:
+        with atomic_path(out) as partial:
+            partial.write_text(cost_csv(lines))
 
 
 @app.command("plan")

@@ -93,7 +93,9 @@ class BackboneSettings(Settings):
     name: str = Field("mgld", description="stands in every result row")
     weights: Path | None = Field(None, description="safetensors with the official key names of all networks but the video autoencoder")
     vae_weights: Path | None = Field(None, description="safetensors of the video autoencoder, official key names")
-    flow_weights: Path | None = Field(None, description="safetensors or pth of RAFT (large); needed by sampling.flow raft only")
+    flow_weights: Path | None = Field(
+        None, description="safetensors or pth of RAFT (large), or an asset's name; needed by sampling.flow raft only"
+    )
     unet: UNetSettings = UNetSettings()
     structure: StructureSettings = StructureSettings()
     first_stage: AutoencoderSettings = AutoencoderSettings()

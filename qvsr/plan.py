@@ -57,7 +57,18 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any], say: Call
     config = settings.validate(data, " + ".join(_short(file) for file in paths))
     check_names(config)
     check_read(config, layers)
-    return _licensed(config, say)
+    return _licensed(_located(config), say)
+
+
+def _located(config: Config) -> Config:
+    """The settings with the place of the optical flow's weights where an asset is named."""
+    from qvsr.data.assets import read
+
+    flow = config.backbone.flow_weights
+    if flow is None or str(flow) not in read():
+        return config
+    place = Path(Plan(config).asset_path(read()[str(flow)].file))
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update={"flow_weights": place})})
 
 
 def _licensed(config: Config, say: Callable[[str], object] | None) -> Config:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qvsr.config import Config
 from qvsr.method_settings import MethodSettings, reduced
 from qvsr.plan import GROUND_TRUTH, REFERENCES
 from qvsr.quant.cost import Cost
@@ -430,6 +431,11 @@ def write_cost(folder: Path, costs: Iterable[Cost], call: str, methods: Sequence
     (folder / "cost.csv").write_text(cost_csv(lines), encoding="utf-8")
     (folder / "cost.md").write_text(cost_markdown(lines, call), encoding="utf-8")
     (folder / "cost.tex").write_text(cost_latex(lines, call), encoding="utf-8")
+
+
+def one_call(config: Config) -> str:
+    """What one call of the U-Net is, for footnotes."""
+    return f"one segment of {config.backbone.unet.num_frames} frames on a latent tile of {config.sampling.tile}×{config.sampling.tile}"
 
 
 def cost_csv(lines: Sequence[dict[str, object]]) -> str:

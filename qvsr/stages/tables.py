@@ -27,7 +27,7 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
     from qvsr.quant.cost import cost
     from qvsr.report import comparisons, paper
     from qvsr.report.fairness import Measured, fairness, read_benchmark, write_fairness
-    from qvsr.report.tables import ordered, row_setting, write_cost, write_metrics
+    from qvsr.report.tables import one_call, ordered, row_setting, write_cost, write_metrics
 
     rows = results.read(*measured)
     summaries = ordered(rows, config.methods, config.metrics)
@@ -44,14 +44,13 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
         took = read_benchmark(benchmarks / f"{method}-{bits}.tsv") if benchmarks is not None else Measured()
         cards.append(fairness(header, facts, full, took))
         settings[method, bits] = row_setting(header)
-    call = f"one segment of {config.backbone.unet.num_frames} frames on a latent tile of {config.sampling.tile}×{config.sampling.tile}"
     with atomic_path(out) as partial:
         write_metrics(partial, summaries, [*variant_notes(config), *lq_notes(rows)], settings, links)
         if compared:
             comparisons.write(partial, compared)
         if published:
             paper.write(partial, published, [*left_out, *lq_notes(rows)])
-        write_cost(partial, costs, call, config.methods)
+        write_cost(partial, costs, one_call(config), config.methods)
         if cards:
             write_fairness(partial, cards, config.methods)
 

@@ -95,6 +95,9 @@ def test_cost_needs_no_weights(tmp_path):
     header, *rows = out.read_text().splitlines()
     assert header.startswith("method,bits,params_m")
     assert rows[0].startswith("full_precision,W32A32,")
+    assert "| W4A4   | quantvsr       |" in done.stdout
+    assert "- Params and MACs as published: everything × b/32 plus the 32-bit low-rank branch" in done.stdout
+    assert run("cost", "--config", "config/default.yaml").stdout == done.stdout  # without a file too
 
 
 def test_the_default_settings_are_there_from_any_folder(tmp_path, monkeypatch):

@@ -381,3 +381,12 @@ def test_archives_that_are_none_are_refused(tmp_path):
         paper_set(tmp_path, archives=["raft-things"]).find_clips()
     with pytest.raises(ConfigError, match="archives is read with kind reds4 or"):
         paper_set(tmp_path, kind="paired")
+
+
+def test_the_flow_network_may_be_named_as_an_asset(file, monkeypatch, tmp_path):
+    def flow(name: str) -> str:
+        return str(plan.resolve([file], {"backbone": {"flow_weights": name}}).backbone.flow_weights)
+
+    assert flow("raft-things") == "resources/assets/raft-things.pth" and flow("mine/raft-things") == "mine/raft-things"
+    monkeypatch.setenv("QVSR_ASSETS", str(tmp_path))
+    assert flow("raft-things") == str(tmp_path / "raft-things.pth")

@@ -130,7 +130,9 @@ def test_a_mirror_of_ones_own_is_tried_first(here: Path, server: Server, tmp_pat
     assert server.asked[0].path == "group/model.ckpt" and server.asked[-1].path == "model.ckpt"
     assert content(assets.fetch("walled", progress=False)) == {"a.png": b"a"}  # what lies behind a login is served once for all
     monkeypatch.setenv("QVSR_MIRROR", "/data/files")
-    with pytest.raises(AssetError, match="QVSR_MIRROR is '/data/files', an address of http or https is needed, such as http://server/files"):
+    with pytest.raises(
+        AssetError, match="QVSR_MIRROR is '/data/files', an address of http or https is needed, such as http://server/files"
+    ):
         assets.fetch("unpinned", progress=False)
 
 
