@@ -5,8 +5,9 @@ Everything that a group with the real files does runs here at full size, without
 - A server on this machine has archives of the data sets' form (every clip, synthetic frames of the published size, only the first few), and the
   diffusion model's checkpoints under the official key names with random weights, in float16. It drops every connection once.
 - One archive is imported by hand, as those behind a login are.
-- The cut: one clip a data set, 5 frames, 2 sampling steps, 128x128 pixels out of each frame, two calibration samples, each method's training one
-  update. Networks and layers are of full size. What cannot be had (trained weights of metrics) is n/a in the tables.
+- The cut: one clip a data set, 5 frames, 2 sampling steps, 128x128 pixels out of each frame, two calibration samples, W4A4, one round of each
+  method's training and searches (SVDQuant's search for smoothing factors, 39 decompositions of every weight, is off). Networks and layers are
+  of full size. What cannot be had (trained weights of metrics) is n/a in the tables.
 
 Numbers in these tables mean nothing. What is checked: that the run ends, that the tables have every row, that counted costs are the model's.
 Time and memory by stage are printed; memory is the proportional set size of all processes of the run, sampled every second.
@@ -59,11 +60,14 @@ CUT: dict[str, Any] = {
     "sampling": {"steps": 2},
     "datasets": {name: {"limit": 1, "frames": FRAMES, "crop": list(CROP)} for name in ("reds4", "spmcs", "mvsr4x", "reds30")},
     "calibration": {"steps": 2, "samples": 2},
+    "bits": ["W4A4"],
     "method": {
-        "q_diffusion": {"range_samples": 1, "samples": 1, "batch": 1, "round_updates": 1, "step_updates": 1},
-        "svdquant": {"samples": 1},
+        "q_diffusion": {"range_samples": 1, "range_values": 4096, "samples": 1, "batch": 1, "round_updates": 1, "step_updates": 1},
+        "svdquant": {"samples": 1, "smooth": False, "iterations": 1},
         "quantvsr": {"refine_updates": 1, "lba_updates": 1, "accumulate": 1},
     },
+    "official": {"precision": "single"},  # mapped by all jobs, in memory once
+    "jobs": {"calibrate": {"mem_mb": 8000}, "quantize": {"mem_mb": 13000}, "restore": {"mem_mb": 8000}, "layers": {"mem_mb": 8000}},
 }
 
 
@@ -221,7 +225,7 @@ class Watch:
 def check(folder: Path) -> list[str]:
     """What is not as it should be."""
     tables, faults = folder / "results" / "paper" / "tables", []
-    paper = settings.load(ROOT / "config" / "paper.yaml")
+    paper = settings.load(ROOT / "config" / "paper.yaml", CUT)
     with (tables / "metrics.csv").open() as file:
         measured = {
             (row["dataset"], row["method"], row["bits"]) for row in csv.DictReader(file) if row["metric"] == "psnr_fp" and row["value"]
