@@ -86,7 +86,7 @@ def main() -> None:
         environment = {**os.environ, "QVSR_ASSETS": str(folder / "resources" / "assets"), "QVSR_MIRROR": server.url}
         run([sys.executable, "-m", "qvsr", "assets", "import", "--from", str(folder / "by-hand")], folder, environment)
         said(begun, f"{BY_HAND} is imported")
-        run([*snakemake(folder), "results/paper/tables", "results/paper/figures", *limits()], ROOT, environment)
+        run(snakemake(folder, "results/paper/tables", "results/paper/figures"), ROOT, environment)
         resumed = {one.path for one in server.asked if one.status == 206}
         broken = {one.path for one in server.asked} - resumed
     said(begun, "the tables are there")
@@ -112,14 +112,11 @@ def run(command: list[str], place: Path, environment: dict[str, str]) -> None:
         sys.exit(f"error: {' '.join(command[:6])} … ended with {code}; the same command goes on where it stopped")
 
 
-def snakemake(folder: Path) -> list[str]:
+def snakemake(folder: Path, *targets: str) -> list[str]:
+    """The run, with cores and memory as the Makefile hands them on; targets come first, since options take all words that follow."""
     files = [str(ROOT / "config" / "paper.yaml"), str(folder / "cut.yaml")]
-    return [sys.executable, "-m", "snakemake", "--directory", str(folder), "--quiet", "rules", "--configfile", *files, "--"]
-
-
-def limits() -> list[str]:
-    """Cores and memory, as the Makefile hands them on; behind the targets, since `--resources` takes all words that follow."""
-    return ["--cores", os.environ.get("CORES", str(os.cpu_count())), "--resources", f"mem_mb={os.environ.get('MEMORY_MB', '20000')}"]
+    limits = ["--cores", os.environ.get("CORES", str(os.cpu_count())), "--resources", f"mem_mb={os.environ.get('MEMORY_MB', '20000')}"]
+    return [sys.executable, "-m", "snakemake", *targets, "--directory", str(folder), "--configfile", *files, *limits, "--quiet", "rules"]
 
 
 # --- what the world would have ----------------------------------------------------------------------------------------
