@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qvsr.quant.apply import excluded
 from qvsr.quant.checkpoint import stored_bits
 from qvsr.quant.layer import KINDS, QuantLayer, halves
 from qvsr.quant.rotation import can_rotate
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 FULL = 32  # bits of what is not quantized
 FLOAT_BITS = 32
+MERGING = ("efficientdm",)  # methods whose low-rank update ends up in the integers: nothing of its rank is stored or computed
 
 
 class CostError(ValueError):
@@ -238,8 +240,12 @@ def plan(
     rank: int | Mapping[str, int] = 0,
     split: bool = False,
     rotate: bool = False,
+    forms: int = 1,
 ) -> Facts:
     """The facts of a network as if it were quantized; needs no weights.
+
+    What only calibration makes is left out: smoothing scales, offsets, static activation ranges, and the biases that an alignment gives to
+    layers without one.
 
     Args:
         facts: of the network at full precision.
@@ -247,16 +253,17 @@ def plan(
         rank: of every layer, or by layer name; a layer gets no more than its weight allows.
         split: input channels in two halves, each with its own scales.
         rotate: rotate the parts for which a Hadamard matrix exists.
+        forms: of each layer, of which a call takes one (:mod:`qvsr.quant.by_timestep`).
     """
 
-    def quantize(layer: LayerFact) -> LayerFact:
-        if layer.name.startswith(tuple(exclude)):
-            return layer
+    def quantize(layer: LayerFact) -> Sequence[LayerFact]:
+        if excluded(layer.name, exclude):
+            return [layer]
         outputs, inputs = layer.weight_shape[:2]
         parts = halves(inputs) if split else (inputs,)
         rotated = tuple(size for size in parts if rotate and can_rotate(size))
         wanted = rank if isinstance(rank, int) else rank[layer.name]
-        return replace(
+        planned = replace(
             layer,
             weight_bits=weight_bits,
             act_bits=act_bits,
@@ -265,8 +272,12 @@ def plan(
             # zero points fit a byte where every channel's range holds 0, which only the weights themselves can tell; a sign is a bit
             side_bits=(FLOAT_BITS + 8) * outputs * len(parts) + (8 * math.ceil(inputs / 8) if rotated else 0),
         )
+        if forms == 1:
+            return [planned]
+        first, *others = (replace(planned, name=f"{layer.name}.rows.{row}") for row in range(forms))
+        return [first, *(replace(other, positions=0, input_positions=0) for other in others)]
 
-    return replace(facts, layers=tuple(quantize(layer) for layer in facts.layers))
+    return replace(facts, layers=tuple(one for layer in facts.layers for one in quantize(layer)))
 
 
 def cost(facts: Facts, method: str, bits: str) -> Cost:
@@ -379,9 +390,9 @@ def planned_facts(config: Config, rank: int | None = None) -> list[tuple[str, st
         for method in config.methods:
             if method in ("full_precision", "bicubic", *config.external):
                 continue
-            _, own = config.resolve_method(method)
+            base, own = config.resolve_method(method)
             smallest = getattr(own, "rank_min", getattr(own, "rank", 0))  # a range of ranks, one rank, or no branch
-            branch = getattr(own, "branch", smallest > 0)
+            branch = getattr(own, "branch", smallest > 0) and base not in MERGING
             planned = plan(
                 facts,
                 *parse_bits(bits),
@@ -389,6 +400,7 @@ def planned_facts(config: Config, rank: int | None = None) -> list[tuple[str, st
                 rank=(smallest if rank is None else rank) if branch else 0,
                 split=getattr(own, "channel_split", False),
                 rotate=getattr(own, "rotation", False),
+                forms=max(1, len(getattr(own, "timestep_bounds", ()))),
             )
             rows.append((method, bits, planned))
     return rows

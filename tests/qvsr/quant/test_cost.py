@@ -225,6 +225,11 @@ def test_rows_of_variants_are_counted_with_their_own_settings() -> None:
     assert quantvsr.rank_mean > 0 == bare.rank_mean
 
 
+def test_an_exclusion_ends_at_a_dot_as_where_layers_are_replaced() -> None:
+    facts = cost.Facts(tuple(cost.LayerFact(name, "Linear", (4, 4), 1) for name in ("in.1", "in.1.op", "in.10")), 0, 0)
+    assert [layer.quantized for layer in cost.plan(facts, 4, 4, ("in.1",)).layers] == [False, False, True]
+
+
 def test_what_cannot_be_counted() -> None:
     with pytest.raises(cost.CostError, match="ReLU has no linear, convolution or quantized layer"):
         cost.count(nn.ReLU(), torch.zeros(1))
