@@ -4,6 +4,11 @@
 from qvsr.data import assets as listed
 
 
+localrules:  # run where snakemake does: a cluster's nodes may have no network
+    asset,
+    asset_folder,
+
+
 rule weights:
     input:
         plan.assets(),
