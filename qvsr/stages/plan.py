@@ -56,6 +56,7 @@ SIMULATED = (
 BACKWARD = 3.0  # a training call, forward and backward, in forward calls
 START_SECONDS = 3.0  # of a job that loads torch; measured
 READ_GB_S = 1.0  # weights from disk, once a job
+CONVERT_GB_S = 0.3  # of official checkpoints: digests, checks, writing; measured of 1.8 GB on one core
 SECONDS_A_FRAME = {"clips": 0.1, "figures": 0.1}  # of one core at 1280x720: reading, degrading, writing PNG
 # Seconds of one core for a frame of 1280x720 (docs/weights.md); of any size where the metric looks at crops of its own size.
 METRIC_SECONDS = {
@@ -75,6 +76,7 @@ HD = 1280 * 720
 PNG_BYTES_A_PIXEL = 1.6  # of 8-bit RGB video frames; measured of the default clips
 PAIR = 1 + 1 / 16  # a clip's pixels with those of its LQ frames
 TORCH_MB = 550  # a process that has loaded torch and this package; measured
+TEXT_TOWER_GB = 1.3  # OpenCLIP's ViT-H-14 in float32, where a checkpoint has it in half precision; measured
 LIVE_MAPS = 6  # feature maps of the autoencoder's first level that are alive at once
 KEPT_FOR_BACKWARD = 2.5  # bytes kept for the backward pass over those of all layers' outputs
 
@@ -96,16 +98,6 @@ class Clips:
     source: str = "its files"
 
 
-# Test sets as published (arXiv 2508.04485 and the sets' own pages), for what is not here yet; by the dataset's kind, or its name in the settings.
-PUBLISHED: Mapping[str, Clips] = {
-    "reds4": Clips(4, 100, 180, 320, "what is published"),
-    "spmcs": Clips(30, 31, 135, 240, "what is published"),
-    "udm10": Clips(10, 32, 180, 318, "what is published"),
-    "mvsr4x": Clips(15, 50, 180, 320, "what is published; the size is assumed"),
-    "reds30": Clips(30, 100, 180, 320, "what is published"),
-}
-
-
 # --- which clips ------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +114,7 @@ def dataset_clips(config: Config, dataset: str, given: Mapping[str, Clips]) -> l
         try:
             found = list(_here(config, dataset))
         except (ValueError, OSError) as error:
-            known = PUBLISHED.get(settings.kind, PUBLISHED.get(dataset.lower()))
+            known = published(settings.kind, config.sampling.upscale) or published(dataset.lower(), config.sampling.upscale)
             if known is None:
                 raise PlanError(
                     f"{error}; its size is not published either: tell it with --clips {dataset}=COUNTxFRAMESxHEIGHTxWIDTH (of LQ frames)"
@@ -130,6 +122,24 @@ def dataset_clips(config: Config, dataset: str, given: Mapping[str, Clips]) -> l
             count = min(known.count, settings.limit or known.count)
             found = [Clips(count, min(known.frames, settings.frames), known.height, known.width, known.source)]
     return found
+
+
+def published(name: str, upscale: int) -> Clips | None:
+    """The clips of one of the paper's sets, for what is not here yet; None: no such set. A size that nobody states is taken to be that of REDS4.
+
+    >>> published("udm10", 4)
+    Clips(count=10, frames=32, height=180, width=318, source='what is published')
+    """
+    from qvsr.data.published import PUBLISHED
+
+    if name not in PUBLISHED:
+        return None
+    known = PUBLISHED[name]
+    size, source = known.size, "what is published"
+    if size is None:
+        size, source = PUBLISHED["reds4"].size, f"{source}; the size is assumed"
+    assert size is not None
+    return Clips(known.count, known.frames, size[1] // upscale, size[0] // upscale, source)
 
 
 def _here(config: Config, dataset: str) -> Iterator[Clips]:
@@ -469,7 +479,9 @@ def plan(config: Config, device: str | None = None, gmacs: float | None = None, 
         if method != BICUBIC:
             rows.append(Row(method, bits, took, sum(hours * count for hours, count in of_clips)))
     recording = sum(one.count * clip_gmacs(config, nets, 1.0, one) for one in clips[config.calibration.dataset]) / rate + start
+    official = official_bytes(run, nets)
     jobs = {
+        "convert": [(START_SECONDS / 3600 + sum(official) / 1e9 * (1 / READ_GB_S + 1 / CONVERT_GB_S) / 3600, 1)] if official else [],
         "clips": [
             (start / 2 + SECONDS_A_FRAME["clips"] * one.frames * _hd(one) / 3600, one.count) for used in clips.values() for one in used
         ],
@@ -480,9 +492,11 @@ def plan(config: Config, device: str | None = None, gmacs: float | None = None, 
         "tables": [(start * (2 + 2 * len(run.quantized())), 1)],
         "figures": [(start, 1)],
     }
-    memory, gpu_memory = _memory(config, nets, [one for used in clips.values() for one in used])
+    memory, gpu_memory = _memory(config, nets, [one for used in clips.values() for one in used], official)
     stages = []
     for rule, hours in jobs.items():
+        if rule == "convert" and not official:
+            continue  # no rule of this run
         known = rule != "quantize" or not unknown
         stages.append(
             Stage(
@@ -561,8 +575,16 @@ def _measure_hours(config: Config, clips: Sequence[Clips], start: float) -> floa
     return start + seconds / 3600
 
 
-def _memory(config: Config, nets: Networks, clips: Sequence[Clips]) -> tuple[dict[str, float], dict[str, float]]:
-    """GB of main memory and of GPU memory that a job of each rule is expected to take."""
+def official_bytes(run: Plan, nets: Networks) -> list[int]:
+    """Sizes of the official checkpoints that the weights are converted from; of one that nobody knows, that of all networks in float32."""
+    sizes = [Path(path).stat().st_size if Path(path).is_file() else download(path)[1] for path in run.official().values()]
+    return [size or nets.params * 4 for size in sizes]
+
+
+def _memory(
+    config: Config, nets: Networks, clips: Sequence[Clips], official: Sequence[int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """GB of main memory and of GPU memory that a job of each rule is expected to take; pages of mapped files count, as some clusters count them."""
     weights = nets.params * 4 / 1e9
     pixels = max(min(one.height * 4, config.sampling.image_tile) * min(one.width * 4, config.sampling.image_tile) for one in clips)
     maps = LIVE_MAPS * config.backbone.unet.num_frames * pixels * config.backbone.vae.ch * 4 / 1e9
@@ -572,6 +594,7 @@ def _memory(config: Config, nets: Networks, clips: Sequence[Clips]) -> tuple[dic
     on_gpu = config.device != "cpu"
     inference, quantizing = weights + maps, weights * 2 + training
     host = {
+        "convert": torch_gb + TEXT_TOWER_GB + max(official, default=0) / 1e9,
         "clips": 0.4 + 6 * frames,
         "calibrate": torch_gb + weights * 2 + (0 if on_gpu else maps),
         "quantize": torch_gb + weights * 2 + (0 if on_gpu else weights + training),
@@ -585,19 +608,28 @@ def _memory(config: Config, nets: Networks, clips: Sequence[Clips]) -> tuple[dic
 
 def _downloads(run: Plan, clips: Mapping[str, Sequence[Clips]]) -> list[tuple[str, int | None]]:
     """Files and data sets that the configuration needs and that are not here, with their sizes in bytes where they are known; a set's is estimated."""
-    from qvsr.data import assets
-
-    missing: list[tuple[str, int | None]] = []
-    for path in run.assets():
-        name, asset = assets.get(Path(path).name)
-        if not asset.path.exists():
-            missing.append((name, asset.expected))
-    missing += [(path, None) for path in run.weights() if not Path(path).is_file()]
+    backbone = run.config.backbone
+    made = [str(backbone.weights), str(backbone.vae_weights)] if run.official() else []
+    needed = [path for path in run.weights() if path not in made]
+    if not all(Path(path).is_file() for path in made):
+        needed += run.official().values()
+    # a file may be named by several settings
+    missing = dict(download(path) for path in (*run.assets(), *needed) if not Path(path).exists())
     for dataset, found in clips.items():
         place = run.config.datasets[dataset].path
         if place is not None and not place.exists():
-            missing.append((str(place), round(_pixels(found) * PAIR * PNG_BYTES_A_PIXEL)))
-    return missing
+            missing[str(place)] = round(_pixels(found) * PAIR * PNG_BYTES_A_PIXEL)
+    return list(missing.items())
+
+
+def download(path: str) -> tuple[str, int | None]:
+    """What a file is called in the list of downloads, and its size in bytes where it is known: a listed asset, or one that somebody must bring."""
+    from qvsr.data import assets
+
+    for name, asset in assets.read().items():
+        if asset.path.absolute() == Path(path).absolute():
+            return name, asset.expected
+    return path, None
 
 
 def _pixels(clips: Sequence[Clips]) -> int:
@@ -613,7 +645,9 @@ def _disk(config: Config, run: Plan, nets: Networks, clips: Mapping[str, Sequenc
     restored = sum(len(run.suffixes(method)) for method, _ in run.rows() if method != GROUND_TRUTH) * sum(
         _pixels(clips[dataset]) for dataset in config.evaluate
     )
+    converted = nets.params * (2 if config.official.precision == "half" else 4) if run.official() else 0
     return {
+        **({"converted": converted / 1e9} if converted else {}),
         "clips": sum(_pixels(found) for found in clips.values()) * PAIR * PNG_BYTES_A_PIXEL / 1e9,
         "calibration": samples * a_sample / 1e9,
         "quantized": sum(nets.file_bytes.values()) / 1e9,

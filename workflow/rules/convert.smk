@@ -13,7 +13,8 @@ if plan.official():
             "../../environment.yml"
         threads: plan.config.threads
         resources:
-            mem_mb=9000,
+            mem_mb=plan.mem_mb("convert"),
+            runtime=plan.runtime("convert"),
         params:
             config=plan.settings_file,
             settings=plan.digest("backbone", "official"),

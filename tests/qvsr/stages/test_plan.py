@@ -212,7 +212,6 @@ def test_the_files_that_are_not_here_are_listed(paper, default, tmp_path, monkey
     (tmp_path / "alexnet-owt-7be5be79.pth").touch()
     assert not plan.plan(settings(metrics=["psnr", "lpips"])).downloads
     wanted = dict(paper.downloads)
-    assert wanted["resources/mgldvsr-unet.safetensors"] is None
     assert wanted["resources/REDS4"] == pytest.approx(400 * (1280 * 720 + 320 * 180) * 1.6)  # PNG of video: 1.6 bytes a pixel
 
 
