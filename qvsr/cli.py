@@ -507,9 +507,10 @@ def plan_(
 ) -> None:
     """Say what a run will take before anything runs: jobs, downloads, disk, memory, hours by method."""
     resolved = settings(config, set_)
+    from qvsr.forecast.clips import parse_clips
     from qvsr.stages import plan as stage
 
-    planned = stage.plan(resolved, device, gmacs, dict(stage.parse_clips(one) for one in clips or []))
+    planned = stage.plan(resolved, device, gmacs, dict(parse_clips(one) for one in clips or []))
     typer.echo(json.dumps(planned.json(), indent=1) if json_ else stage.show(planned, devices, cores))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ def test_weights_come_from_the_official_files(tmp_path: Path) -> None:
     official = {"weights": "official/unet.ckpt", "vae_weights": "official/vae.ckpt"}
     tiny.write_config(project / "config" / "tiny.yaml", {**tiny.CONFIG, "backbone": backbone, "official": official})
     assert {"convert", "calibrate", "restore"} <= tiny.due(project)
+    asked = tiny.snakemake(project, "resources/a.safetensors", "--dry-run", "--config", "jobs={convert: {mem_mb: 700}}")
+    resources = re.findall(r"^    resources: (.*)$", asked.stdout + asked.stderr, flags=re.MULTILINE)
+    assert len(resources) == 1 and {"mem_mb=700", "runtime=60"} <= set(resources[0].split(", "))
     done = tiny.snakemake(project, "resources/a.safetensors")  # as a job runs it, log and all
     assert done.returncode == 0, done.stdout + done.stderr
     assert "unet.ckpt: " in (project / "results" / "logs" / "convert.log").read_text()

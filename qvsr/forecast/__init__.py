@@ -1,0 +1,1 @@
+"""What a run will take, from its settings alone: clips, work, memory, disk."""
