@@ -227,6 +227,11 @@ def clip_hours(clip: Clips, start: float) -> float:
     return start / 2 + SECONDS_A_FRAME["clips"] * clip.frames * hd(clip) / 3600
 
 
+def tables_hours(nets: Networks, start: float) -> float:
+    """Hours of making the tables: the weights are compared with every quantized checkpoint, which is read; statistics take as long as a start."""
+    return 2 * start + sum(nets.unet.params * 4 + size for size in nets.file_bytes.values()) / 1e9 / READ_GB_S / 3600
+
+
 def measure_hours(config: Config, clips: Sequence[Clips], start: float) -> float:
     """Hours of measuring one row on a data set."""
     seconds = 0.0

@@ -149,7 +149,7 @@ def plan(config: Config, device: str | None = None, gmacs: float | None = None, 
         "quantize": quantizes + unknown,
         "restore": restores,
         "measure": [(work.measure_hours(config, clips[dataset], start), rows_of) for dataset, rows_of in _measured(run).items()],
-        "tables": [(start * (2 + 2 * len(run.quantized())), 1)],
+        "tables": [(work.tables_hours(nets, start), 1)],
         "figures": [(start, 1)],
     }
     memory, gpu_memory = space.memory_by_rule(config, nets, read, official)

@@ -73,6 +73,12 @@ def test_what_quantizing_takes_is_near_what_it_took(default):
     assert 0.8 < memory * 1e9 / 2**20 / max(peak for _, peak in took.values()) < 1.3
 
 
+def test_the_tables_take_what_they_took(default):
+    """8 s of one core, measured of a default run's 24 checkpoints."""
+    tables = next(stage for stage in default.stages if stage.rule == "tables")
+    assert 0.5 < tables.hours * 3600 / 8 < 2
+
+
 def test_jobs_are_those_of_a_dry_run(default):
     """Counted by Snakemake for config/default.yaml without its results; `all` is no job of ours."""
     assert {stage.rule: stage.jobs for stage in default.stages} == {
