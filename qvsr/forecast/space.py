@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qvsr.config import Config
 from qvsr.forecast.assumed import KEPT_FOR_BACKWARD, LIVE_MAPS, PAIR, PNG_BYTES_A_PIXEL, TEXT_TOWER_GB, TORCH_MB
-from qvsr.forecast.clips import Clips
+from qvsr.forecast.clips import Clips, published
 from qvsr.forecast.work import Networks
 from qvsr.plan import GROUND_TRUTH, Plan
 
@@ -29,9 +29,11 @@ def memory_by_rule(
     torch_gb = TORCH_MB / 1e3
     training = nets.unet.outputs * 4 * KEPT_FOR_BACKWARD / 1e9
     on_gpu = config.device != "cpu"
-    inference, quantizing = weights + maps, weights * 2 + training
+    # three copies while a method works on all layers: as they were, smoothed or not yet rotated, and rotated; 13.3 GB of 4.55 were measured
+    inference, quantizing = weights + maps, weights * 3 + training
     host = {
         "convert": torch_gb + TEXT_TOWER_GB + max(official, default=0) / 1e9,
+        "dataset": 0.4 + 6 * frames,
         "clips": 0.4 + 6 * frames,
         "calibrate": torch_gb + weights * 2 + (0 if on_gpu else maps),
         "quantize": torch_gb + weights * 2 + (0 if on_gpu else weights + training),
@@ -53,8 +55,15 @@ def downloads(run: Plan, clips: Mapping[str, Sequence[Clips]]) -> list[tuple[str
     # a file may be named by several settings
     missing = dict(download(path) for path in (*run.assets(), *needed) if not Path(path).exists())
     for dataset, found in clips.items():
-        place = run.config.datasets[dataset].path
-        if place is not None and not place.exists():
+        place, archives = run.config.datasets[dataset].path, run.archives(dataset)
+        if archives and run.unbuilt(dataset):
+            whole = published(run.config.datasets[dataset].kind, run.config.sampling.upscale)
+            shares = (PAIR,) if len(archives) == 1 else (1, PAIR - 1)  # the second one has the LQ frames
+            for path, share in zip(archives, shares, strict=True):
+                name, size = download(path)
+                if not Path(path).exists():
+                    missing[name] = size or round(pixels([whole] if whole else found) * share * PNG_BYTES_A_PIXEL)
+        elif place is not None and not place.exists():
             missing[str(place)] = round(pixels(found) * PAIR * PNG_BYTES_A_PIXEL)
     return list(missing.items())
 

@@ -142,8 +142,10 @@ def plan(config: Config, device: str | None = None, gmacs: float | None = None, 
             rows.append(Row(method, bits, took, sum(hours * count for hours, count in of_clips)))
     recording = sum(one.count * work.clip_gmacs(config, nets, 1.0, one) for one in clips[config.calibration.dataset]) / rate + start
     official = space.official_bytes(run, nets)
+    building = [found for dataset, found in clips.items() if run.unbuilt(dataset)]
     jobs = {
         **({"convert": [(work.convert_hours(official), 1)]} if official else {}),  # no rule where nothing is to be converted
+        **({"dataset": [(sum(work.clip_hours(one, start) * one.count for one in found), 1) for found in building]} if building else {}),
         "clips": [(work.clip_hours(one, start), one.count) for one in read],
         "calibrate": [(recording, 1)] if run.quantized() else [],
         "quantize": quantizes + unknown,

@@ -390,3 +390,13 @@ def test_the_flow_network_may_be_named_as_an_asset(file, monkeypatch, tmp_path):
     assert flow("raft-things") == "resources/assets/raft-things.pth" and flow("mine/raft-things") == "mine/raft-things"
     monkeypatch.setenv("QVSR_ASSETS", str(tmp_path))
     assert flow("raft-things") == str(tmp_path / "raft-things.pth")
+
+
+def test_a_set_is_not_built_under_results_of_fewer_clips(tmp_path):
+    run = paper_set(tmp_path, limit=2)
+    run.output = tmp_path / "results"
+    run.check_results("spmcs")
+    assert run.built("spmcs") != paper_set(tmp_path).built("spmcs")
+    (run.output / "measured" / "spmcs").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="datasets.spmcs: the settings ask for more clips than were built, and .*measured/spmcs is of those"):
+        run.check_results("spmcs")

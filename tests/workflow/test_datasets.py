@@ -50,4 +50,10 @@ def test_from_archive_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tiny.due(project) == set() and tiny.due(project, "datasets") == {"datasets"}  # with nothing to build
     wanted = {**changed, "datasets": {**changed["datasets"], "spmcs": {**spmcs, "limit": 2}}}
     tiny.write_config(project / "config" / "tiny.yaml", {**tiny.CONFIG, **wanted})
-    assert {"asset_folder", "dataset"} <= tiny.due(project)
+    more = tiny.snakemake(project, "--dry-run")
+    assert more.returncode != 0
+    assert (
+        "datasets.spmcs: the settings ask for more clips than were built, and results/measured/spmcs is of those"
+        in more.stdout + more.stderr
+    )
+    assert {"asset_folder", "dataset"} <= tiny.due(project, "datasets")

@@ -1,22 +1,33 @@
 # Builds the paper's data sets from the archives that their settings name. A set that is there whole is taken as it is, and its archives may be
 # deleted. Names of clips are in the archives: a run lists the clips of a set once it is built.
-plan.wait_for = lambda dataset: checkpoints.dataset.get(dataset=dataset)
+
+
+def build_first(dataset):
+    try:
+        plan.check_results(dataset)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    checkpoints.dataset.get(dataset=dataset, asked=plan.built(dataset).rpartition("-")[2])
+
+
+plan.wait_for = build_first
 
 
 rule datasets:
     input:
-        [f"<results>/datasets/{dataset}" for dataset in plan.used() if plan.unbuilt(dataset)],
+        [plan.built(dataset) for dataset in plan.used() if plan.unbuilt(dataset)],
 
 
 checkpoint dataset:
     input:
         lambda wildcards: plan.archives(wildcards.dataset),
     output:
-        touch("<results>/datasets/{dataset}"),
+        touch("<results>/datasets/{dataset}-{asked}"),
     log:
-        "<results>/logs/datasets/{dataset}.log",
+        "<results>/logs/datasets/{dataset}-{asked}.log",
     wildcard_constraints:
         dataset="[^/]+",
+        asked="[0-9a-f]{16}",
     conda:
         "../../environment.yml"
     resources:

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qvsr.data.published import write_manifest
 from qvsr.forecast import space
 from qvsr.forecast.clips import Clips
 from qvsr.plan import DEFAULT, Plan, resolve
@@ -34,10 +35,22 @@ def test_what_the_metrics_read_is_listed_until_it_is_here(here):
 
 
 def test_a_data_set_that_is_not_here_is_estimated(here):
-    found = dict(downloads(clips={"reds4": [Clips(4, 100, 180, 320)]}))
-    assert found["resources/REDS4"] == pytest.approx(400 * (1280 * 720 + 320 * 180) * 1.6)  # PNG of video: 1.6 bytes a pixel
-    (here / "resources" / "REDS4").mkdir()
-    assert "resources/REDS4" not in dict(downloads(clips={"reds4": [Clips(4, 100, 180, 320)]}))
+    """PNG of video takes 1.6 bytes a pixel."""
+    reds4 = {"reds4": [Clips(4, 100, 180, 320)]}
+    assert dict(downloads(clips=reds4))["quantvsr-reds4"] == pytest.approx(400 * (1280 * 720 + 320 * 180) * 1.6)
+    write_manifest(here / "resources" / "REDS4", {"format": 1, "clips": {clip: {} for clip in ("000", "011", "015", "020")}})
+    assert "quantvsr-reds4" not in dict(downloads(clips=reds4))
+    found = dict(downloads(clips={"reds30": [Clips(30, 5, 180, 320)]}))  # a whole archive, of which five frames a clip are read
+    assert found["reds-val"] == pytest.approx(3000 * 1280 * 720 * 1.6)
+    assert found["quantvsr-reds30"] == pytest.approx(3000 * 320 * 180 * 1.6)
+
+
+def test_a_data_set_without_archives_is_listed_by_its_path(here):
+    udm10 = {"datasets": {"udm10": {"archives": []}}}
+    found = dict(downloads(clips={"udm10": [Clips(10, 32, 180, 318)]}, **udm10))
+    assert found["resources/UDM10"] == pytest.approx(320 * (1272 * 720 + 318 * 180) * 1.6)
+    (here / "resources" / "UDM10").mkdir()
+    assert "resources/UDM10" not in dict(downloads(clips={"udm10": [Clips(10, 32, 180, 318)]}, **udm10))
 
 
 def test_official_checkpoints_are_listed_until_what_is_made_of_them_is_here(here):
