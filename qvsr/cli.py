@@ -476,14 +476,20 @@ def cost(
     out: Annotated[Path | None, typer.Option(help="write all columns as csv, too")] = None,
     config: ConfigOption = plan.DEFAULT,
     rank: Annotated[int | None, typer.Option(help="of every low-rank branch; default: the method's smallest")] = None,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="a quantized checkpoint, counted as it is instead of the settings' rows; may be repeated")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Parameters and operations of every row, without weights, and what they count."""
+    if checkpoint and rank is not None:
+        raise ConfigError("--rank is for rows without a checkpoint: a checkpoint has ranks of its own; leave one of them out")
     resolved = settings(config, set_)
-    from qvsr.quant.cost import planned_costs
+    from qvsr.quant.cost import planned_costs, stored_costs
     from qvsr.report.tables import cost_csv, cost_lines, cost_markdown, one_call
 
-    lines = cost_lines(planned_costs(resolved, rank), resolved.methods)
+    costs = stored_costs(checkpoint, resolved) if checkpoint else planned_costs(resolved, rank)
+    lines = cost_lines(costs, resolved.methods)
     typer.echo(cost_markdown(lines, one_call(resolved)), nl=False)
     if out is not None:
         with atomic_path(out) as partial:

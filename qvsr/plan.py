@@ -62,11 +62,13 @@ def resolve(files: Sequence[str | Path], overrides: Mapping[str, Any], say: Call
 
 def _located(config: Config) -> Config:
     """The settings with the place of the optical flow's weights where an asset is named."""
+    flow = config.backbone.flow_weights
+    if flow is None or flow.suffix or len(flow.parts) > 1:  # a path; the list of assets is not read for it
+        return config
     from qvsr.data.assets import read
 
-    flow = config.backbone.flow_weights
-    if flow is None or str(flow) not in read():
-        return config
+    if str(flow) not in read():
+        raise ConfigError(f"backbone.flow_weights: {suggest('asset', str(flow), read())}; a path has a folder or an extension")
     place = Path(Plan(config).asset_path(read()[str(flow)].file))
     return config.model_copy(update={"backbone": config.backbone.model_copy(update={"flow_weights": place})})
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,22 @@ def read_header(path: str | Path) -> dict[str, Any]:
         return _header(path, file.metadata())
 
 
+def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, tuple[tuple[int, ...], int]]]]:
+    """The header of a quantized checkpoint, and shape and bits of each tensor by layer and role; no tensor is read.
+
+    Raises:
+        CheckpointError: as :func:`read_header`.
+    """
+    with _open(path) as file:
+        header = _header(path, file.metadata())
+        found: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {name: {} for name in header["layers"]}
+        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            part, name = file.get_slice(key), _layer_of(key, found)
+            shape = tuple(part.get_shape())
+            found[name][key.removeprefix(name + ".")] = shape, math.prod(shape) * int(re.sub(r"\D", "", part.get_dtype()))
+    return header, found
+
+
 def load(path: str | Path, unet: nn.Module) -> nn.Module:
     """Replace the layers of a full-precision network by those of a checkpoint, in place; returns the network.
 
@@ -101,7 +119,7 @@ def load(path: str | Path, unet: nn.Module) -> nn.Module:
         raise CheckpointError(f"{path} is damaged (its content is not what was written); make it again with the quantize stage")
     by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in header["layers"]}
     for key, tensor in tensors.items():
-        name = next(name for name in (key.rsplit(".", dots)[0] for dots in (1, 2)) if name in by_layer)
+        name = _layer_of(key, by_layer)
         by_layer[name][key.removeprefix(name + ".")] = tensor
     for name, bounds in header.get("by_timestep", {}).items():
         apply.replace(unet, name, ByTimestep([unet.get_submodule(name)] * len(bounds), bounds, name))
@@ -116,6 +134,11 @@ def stored_bits(layer: QuantLayer) -> dict[str, int]:
     """Bits that a file takes for each tensor of a layer, by role; `weight` without the bits that fill its last byte."""
     bits = {role: 8 * tensor.element_size() * tensor.numel() for role, tensor in _encode(layer).items()}
     return bits | {"weight": layer.weight_bits * math.prod(layer.geometry.weight_shape)}
+
+
+def _layer_of(key: str, layers: Container[str]) -> str:
+    """Name of the layer whose tensor has this key; a role may have a dot."""
+    return next(name for name in (key.rsplit(".", dots)[0] for dots in (1, 2)) if name in layers)
 
 
 def _encode(layer: QuantLayer) -> dict[str, Tensor]:

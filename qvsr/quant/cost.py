@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qvsr.quant.apply import excluded
-from qvsr.quant.checkpoint import stored_bits
+from qvsr.quant.checkpoint import contents, stored_bits
 from qvsr.quant.layer import KINDS, QuantLayer, halves
 from qvsr.quant.rotation import can_rotate
 
@@ -340,27 +341,6 @@ def example_inputs(
     )
 
 
-def measured_cost(unet: nn.Module, config: Config, method: str, bits: str) -> Cost:
-    """The row of a (quantized) U-Net itself, for one call on a tile of the configured size."""
-    return cost(measured_facts(unet, config), method, bits)
-
-
-def measured_facts(unet: nn.Module, config: Config) -> Facts:
-    """What one call of a (quantized) U-Net on a tile of the configured size consists of.
-
-    Nothing is computed: layers are described as they are, and how often each is applied follows from the full-precision U-Net without weights.
-    Of a layer with forms by timestep the first one runs.
-    """
-    full = full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens)
-    applied, layers = {layer.name: layer for layer in full.layers}, layers_of(unet)
-    facts = []
-    for name, layer in layers.items():
-        place, _, form = name.partition(".rows.")
-        runs = form in ("", "0")
-        facts.append(_fact(name, layer, applied[place].positions * runs, applied[place].input_positions * runs))
-    return Facts(tuple(facts), _other_params(unet, layers), full.attention_macs)
-
-
 @functools.cache
 def full_facts(settings: UNetSettings, tile: int, context_tokens: int) -> Facts:
     """Facts of the full-precision U-Net, counted on the meta device."""
@@ -369,6 +349,58 @@ def full_facts(settings: UNetSettings, tile: int, context_tokens: int) -> Facts:
     with torch.device("meta"):
         unet = InflatedUNet(settings).eval()
     return count(unet, *example_inputs(settings, tile, context_tokens, "meta"))
+
+
+def stored_costs(paths: Sequence[Path], config: Config) -> list[Cost]:
+    """The row of full precision, and of each quantized checkpoint with the ranks and bits that it has."""
+    full = full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens)
+    found = [checkpoint_facts(path, config) for path in paths]
+    return [cost(full, "full_precision", "W32A32"), *(cost(facts, header["method"], header["bits"]) for header, facts in found)]
+
+
+def checkpoint_facts(path: Path, config: Config) -> tuple[dict[str, Any], Facts]:
+    """Header of a quantized checkpoint, and facts of the U-Net with its layers, by one call on a tile of the configured size.
+
+    Nothing is computed and no weight read: the file says what its layers are, and how often each is applied follows from the network's sizes. Of
+    a layer with forms by timestep the first one runs.
+
+    Raises:
+        CostError: the file is of another network than the configuration's.
+    """
+    header, stored = contents(path)
+    full = full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens)
+    facts, left = [], dict(header["layers"])
+    for layer in full.layers:
+        forms = len(header.get("by_timestep", {}).get(layer.name, ()))
+        names = [f"{layer.name}.rows.{form}" for form in range(forms)] or [layer.name] * (layer.name in left)
+        facts += [layer] if not names else []
+        for place, name in enumerate(names):
+            described = left.pop(name)
+            if tuple(described["shape"]) != layer.weight_shape:
+                found = f"{name} {tuple(described['shape'])}, the configuration has {layer.weight_shape}"
+                raise CostError(f"{path} is of another network: {found}; give the configuration that it was made with")
+            runs = place == 0
+            applied = replace(layer, name=name, positions=layer.positions * runs, input_positions=layer.input_positions * runs)
+            facts.append(_stored_fact(applied, described, stored[name]))
+    if left:
+        raise CostError(f"{path} is of another network: the configuration has no {min(left)}; give the configuration that it was made with")
+    return header, replace(full, layers=tuple(facts))
+
+
+def _stored_fact(layer: LayerFact, described: Mapping[str, Any], stored: Mapping[str, tuple[tuple[int, ...], int]]) -> LayerFact:
+    """A layer as :meth:`qvsr.quant.layer.QuantLayer.describe` and the shapes and bits of its tensors tell."""
+    shape, bits = stored.get("bias", ((0,), 0))
+    rows = shape[0] if len(shape) == 2 else 1  # a call adds one row of a bias table; the others are stored beside it
+    return replace(
+        layer,
+        bias=shape[-1],
+        weight_bits=described["weight_bits"],
+        act_bits=described["act_bits"],
+        rank=described["rank"],
+        rotated=tuple(size for size, yes in zip(described["parts"], described["rotated"], strict=True) if yes),
+        side_bits=sum(size for role, (_, size) in stored.items() if role not in ("weight", "up", "down", "bias"))
+        + bits * (rows - 1) // rows,
+    )
 
 
 def planned_costs(config: Config, rank: int | None = None) -> list[Cost]:

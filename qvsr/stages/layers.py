@@ -27,7 +27,7 @@ def run(config: Config, checkpoint: Path, calibration: Path, out: Path, samples:
     from qvsr.data.calibration import CalibrationSet
     from qvsr.models.checkpoints import load_backbone
     from qvsr.quant import checkpoint as quantized
-    from qvsr.quant.cost import measured_facts
+    from qvsr.quant.cost import full_facts
     from qvsr.report.layers import draw, layers_csv, report, spread, worst
 
     if out.suffix != ".csv":
@@ -38,7 +38,9 @@ def run(config: Config, checkpoint: Path, calibration: Path, out: Path, samples:
     chosen = spread([int(recorded[index].t) for index in range(len(recorded))], samples)
     recorded.structure = backbone.structure
     network = quantized.load(checkpoint, load_backbone(config.backbone).unet)
-    macs = {layer.name: layer.macs for layer in measured_facts(backbone.unet, config).layers}
+    macs = {
+        layer.name: layer.macs for layer in full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens).layers
+    }
     rows = report(backbone.unet, network, [recorded[index] for index in chosen], macs)
     log.info("%s %s, %d of %d calibration samples", header["method"], header["bits"], len(chosen), len(recorded))
     log.info("%s", worst(rows))

@@ -57,18 +57,10 @@ def run(config: Config, measured: Sequence[Path], checkpoints: Sequence[Path], o
 
 def described(config: Config, checkpoints: Sequence[Path]) -> tuple[Facts, list[tuple[dict[str, Any], Facts]]]:
     """What the full-precision U-Net is made of; and the header of each checkpoint, with what the U-Net with its layers is made of."""
-    from qvsr.models.checkpoints import load_backbone
-    from qvsr.quant import checkpoint as quantized
-    from qvsr.quant.apply import exchanged, quantizable
-    from qvsr.quant.cost import measured_facts
+    from qvsr.quant.cost import checkpoint_facts, full_facts
 
-    unet = load_backbone(config.backbone).unet
-    full = measured_facts(unet, config)
-    found = []
-    for checkpoint in checkpoints:
-        with exchanged(unet, quantizable(unet)):  # the full-precision layers are back for the next one
-            found.append((quantized.read_header(checkpoint), measured_facts(quantized.load(checkpoint, unet), config)))
-    return full, found
+    full = full_facts(config.backbone.unet, config.sampling.tile, config.backbone.context_tokens)
+    return full, [checkpoint_facts(checkpoint, config) for checkpoint in checkpoints]
 
 
 def lq_notes(rows: Sequence[results.Row]) -> list[str]:

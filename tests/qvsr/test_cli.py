@@ -98,6 +98,8 @@ def test_cost_needs_no_weights(tmp_path):
     assert "| W4A4   | quantvsr       |" in done.stdout
     assert "- Params and MACs as published: everything × b/32 plus the 32-bit low-rank branch" in done.stdout
     assert run("cost", "--config", "config/default.yaml").stdout == done.stdout  # without a file too
+    both = run("cost", "--rank", "4", "--checkpoint", "q.safetensors")
+    assert both.returncode == 1 and "--rank is for rows without a checkpoint" in both.stderr
 
 
 def test_the_default_settings_are_there_from_any_folder(tmp_path, monkeypatch):

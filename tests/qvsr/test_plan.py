@@ -388,6 +388,10 @@ def test_the_flow_network_may_be_named_as_an_asset(file, monkeypatch, tmp_path):
         return str(plan.resolve([file], {"backbone": {"flow_weights": name}}).backbone.flow_weights)
 
     assert flow("raft-things") == "resources/assets/raft-things.pth" and flow("mine/raft-things") == "mine/raft-things"
+    with pytest.raises(
+        ConfigError, match="backbone.flow_weights: unknown asset 'raft-thing'.*raft-things.*; a path has a folder or an extension"
+    ):
+        flow("raft-thing")
     monkeypatch.setenv("QVSR_ASSETS", str(tmp_path))
     assert flow("raft-things") == str(tmp_path / "raft-things.pth")
 
@@ -398,5 +402,7 @@ def test_a_set_is_not_built_under_results_of_fewer_clips(tmp_path):
     run.check_results("spmcs")
     assert run.built("spmcs") != paper_set(tmp_path).built("spmcs")
     (run.output / "measured" / "spmcs").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="datasets.spmcs: the settings ask for more clips than were built, and .*measured/spmcs is of those"):
+    with pytest.raises(
+        ConfigError, match="datasets.spmcs: the settings ask for more clips than were built, and .*measured/spmcs is of those"
+    ):
         run.check_results("spmcs")

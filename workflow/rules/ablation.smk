@@ -1,6 +1,5 @@
 rule ablation:
     input:
-        weights=plan.weights(),
         checkpoints=[file for method, bits in plan.ablated() for file in plan.checkpoint(method, bits)],
         measured=plan.measured(plan.ablated()),
     output:
@@ -16,7 +15,7 @@ rule ablation:
     params:
         config=plan.settings_file,
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
-        settings=plan.digest("ablation", "method", "variants", "metrics", "sampling.tile"),
+        settings=plan.digest("ablation", "method", "variants", "metrics", "backbone.unet", "backbone.context_tokens", "sampling.tile"),
         code=code_digest(
             "qvsr/stages/ablation.py",
             "qvsr/stages/tables.py",

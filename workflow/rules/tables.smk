@@ -1,6 +1,5 @@
 rule tables:
     input:
-        weights=plan.weights(),
         checkpoints=[file for method, bits in plan.rows() for file in plan.checkpoint(method, bits)],
         measured=plan.measured(),
     output:
@@ -17,7 +16,7 @@ rule tables:
         config=plan.settings_file,
         benchmarks=str(plan.output / "benchmarks" / "quantize"),  # what quantizing took; read where it is there
         checkpoints=lambda wildcards, input: [f"--checkpoint {file}" for file in input.checkpoints],
-        settings=plan.digest("methods", "variants", "metrics", "sampling.tile"),
+        settings=plan.digest("methods", "variants", "metrics", "backbone.unet", "backbone.context_tokens", "sampling.tile"),
         code=code_digest(
             "qvsr/stages/tables.py",
             "qvsr/report/tables.py",

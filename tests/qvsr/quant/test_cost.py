@@ -205,8 +205,8 @@ def test_rows_of_a_configuration_without_weights() -> None:
     ]  # fmt: skip
     assert [row.rank_mean for row in rows] == [0, 0, 3, 0, 3] and rows[4].rotation_macs_g > 0 == rows[3].rotation_macs_g
     assert cost.planned_costs(run)[2].rank_mean == pytest.approx(run.method.quantvsr.rank_min, rel=0.2)  # narrow layers cap it
-    unet = InflatedUNet(SMALL).eval()
-    assert cost.measured_cost(unet, run, "full_precision", "W32A32") == rows[0]
+    facts = cost.count(InflatedUNet(SMALL).eval(), *cost.example_inputs(SMALL, tile=8, context_tokens=77))
+    assert cost.cost(facts, "full_precision", "W32A32") == rows[0]
 
 
 def test_rows_of_variants_are_counted_with_their_own_settings() -> None:
