@@ -389,7 +389,7 @@ def test_the_flow_network_may_be_named_as_an_asset(file, monkeypatch, tmp_path):
 
     assert flow("raft-things") == "resources/assets/raft-things.pth" and flow("mine/raft-things") == "mine/raft-things"
     with pytest.raises(
-        ConfigError, match="backbone.flow_weights: unknown asset 'raft-thing'.*raft-things.*; a path has a folder or an extension"
+        ConfigError, match="backbone.flow_weights: no asset 'raft-thing'.*raft-things.*; a path has a folder or an extension"
     ):
         flow("raft-thing")
     monkeypatch.setenv("QVSR_ASSETS", str(tmp_path))
