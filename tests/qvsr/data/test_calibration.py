@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from qvsr.config import AutoencoderSettings, BackboneSettings, CalibrationSettings, SamplingSettings, StructureSettings, UNetSettings
+from qvsr.data import calibration
 from qvsr.data.calibration import CalibrationError, CalibrationSet, kept_steps, quotas, record
 from qvsr.models import pipeline
 from qvsr.models.checkpoints import Backbone, build
@@ -78,6 +81,22 @@ def test_the_network_gives_the_recorded_output_again(backbone: Backbone, recorde
         with torch.no_grad():
             assert torch.equal(backbone.unet(sample.x, sample.t, sample.context, sample.struct), sample.out)
     assert samples[0].out.abs().max() > 0
+
+
+def test_memory_is_flat(backbone: Backbone, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample stays in memory once it is let go; structure maps do up to a limit, and those beyond are made again, the same."""
+    samples = CalibrationSet(recorded, backbone.structure)
+    first = samples[0].struct
+    one = sum(value.numel() * value.element_size() for value in first.values())
+    monkeypatch.setattr(calibration, "STRUCT_CACHE_BYTES", 2 * one)
+    samples = CalibrationSet(recorded, backbone.structure)
+    assert len(samples) > 3
+    alive = [weakref.ref(tensor) for i in range(len(samples)) for tensor in (samples[i].x, samples[i].out, samples[i].lq_latent)]
+    gc.collect()
+    assert [tensor() for tensor in alive if tensor() is not None] == []
+    assert len(samples._struct) == 2
+    beyond = [samples[3].struct, samples[3].struct]
+    assert beyond[0] is not beyond[1] and all(torch.equal(beyond[0][key], beyond[1][key]) for key in beyond[0])
 
 
 def test_two_recordings_are_the_same_bytes(
