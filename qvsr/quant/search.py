@@ -18,6 +18,7 @@ from qvsr.quant.observe import observe_inputs
 
 FACTORS = tuple(1 - k / 100 for k in range(80))
 POWER = 2.4
+BLOCK = 2**18  # weights whose output channels are scored at a time: what fits a processor's cache
 
 
 @torch.no_grad()
@@ -28,12 +29,16 @@ def weight_range(weight: Tensor, bits: int, floor: float = affine.SCALE_FLOOR) -
         both ``(N, 1, …)``, as :func:`qvsr.quant.affine.channel_range` returns them and
         :meth:`qvsr.quant.layer.QuantLayer.set_weight_ranges` takes them.
     """
+    if weight.numel() > BLOCK and len(weight) > 1:
+        blocks = [weight_range(block, bits, floor) for block in weight.split(max(1, BLOCK // weight[0].numel()))]
+        lows, highs = zip(*blocks, strict=True)
+        return torch.cat(lows), torch.cat(highs)
     low, high = affine.channel_range(weight)
     axes = tuple(range(1, weight.dim()))
     least, best = torch.full_like(low, math.inf), torch.ones_like(low)
     for factor in FACTORS:
-        rounded = affine.fake_quantize(weight, *affine.qparams(low * factor, high * factor, bits, floor), bits)
-        score = (weight - rounded).abs().pow(POWER).mean(axes, keepdim=True)
+        rounded = affine.round_to_grid(weight, *affine.qparams(low * factor, high * factor, bits, floor), bits)
+        score = rounded.sub_(weight).abs_().pow_(POWER).mean(axes, keepdim=True)
         better = score < least
         least, best = torch.where(better, score, least), torch.where(better, factor, best)
     return low * best, high * best

@@ -45,6 +45,18 @@ def test_weight_ranges_per_channel(bits: int, shape: tuple[int, ...]) -> None:
         assert (high < weight.amax(tuple(range(1, weight.dim())), keepdim=True)).any(), "few levels: outliers are cut off"
 
 
+def test_a_large_weight_is_searched_in_blocks_with_the_same_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 6, 3, 3, generator=torch.Generator().manual_seed(4))
+    whole = search.weight_range(weight, 4)
+    calls = []
+    once = search.weight_range
+    monkeypatch.setattr(search, "BLOCK", 120)  # two channels of 54 weights
+    monkeypatch.setattr(search, "weight_range", lambda block, *rest: (calls.append(len(block)), once(block, *rest))[1])
+    blocks = search.weight_range(weight, 4)
+    assert calls == [7, 2, 2, 2, 1]
+    assert all(torch.equal(one, other) for one, other in zip(whole, blocks, strict=True))
+
+
 def test_weight_ranges_of_what_does_not_vary() -> None:
     for value in (0.0, 2.0):
         low, high = search.weight_range(torch.full((2, 5), value), 4)
