@@ -496,6 +496,41 @@ def cost(
             partial.write_text(cost_csv(lines))
 
 
+@app.command()
+def export(
+    config: ConfigOption = plan.DEFAULT,
+    checkpoint: Annotated[Path | None, typer.Option(help="quantized checkpoint, made from this configuration's backbone")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="NAME.safetensors, beside which NAME.md appears; or a folder for model and card")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="file of measure whose rows of this model stand in its card; may be repeated")
+    ] = None,
+    branch: Annotated[
+        str, typer.Option(help="low-rank branches: exact (the checkpoint's numbers) or half (float16: smaller, other numbers)")
+    ] = "exact",
+    licence: Annotated[str, typer.Option(help="of the model, for its card; default: that of the official weights")] = "",
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="only say what the U-Net of each row would take on disk; needs no weights")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="with --sizes: of every low-rank branch; default: the method's smallest")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Write a quantized model as one file that restores by itself, with a model card."""
+    resolved = settings(config, set_)
+    if sizes:
+        from qvsr.stages import export as stage
+
+        typer.echo(stage.sizes(resolved, rank))
+        return
+    if checkpoint is None or out is None:
+        raise ConfigError("export needs --checkpoint, the file that quantize wrote, and --out; or --sizes")
+    compute(resolved)
+    from qvsr.stages import export as stage
+
+    typer.echo(f"written: {stage.run(resolved, checkpoint, out, measured or [], branch, licence)}")
+
+
 @app.command("plan")
 def plan_(
     config: ConfigOption = plan.DEFAULT,

@@ -25,7 +25,15 @@ FIRST_STAGE = "first_stage_model."
 UNUSED_FIRST_STAGE = ("decoder.", "post_quant_conv.")
 """Of the image autoencoder only the encoder is used."""
 CONTEXT = "context"
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
+TYPE_NAMES = {  # as safetensors calls them
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 class CheckpointError(ValueError):
@@ -70,11 +78,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     """
     weights, vae_weights = WeightFile(settings.weights, "weights"), WeightFile(settings.vae_weights, "vae_weights")
     # First, from begin to end: the tensors, which are asked for in another order, are in the system's cache then.
-    digest = hashlib.sha256()
-    for file in (weights.file, vae_weights.file):
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 22):
-                digest.update(block)
+    digest = files_digest(weights.file, vae_weights.file)
     with torch.device("meta"):
         backbone = build(settings)
     weights.fill(backbone.unet, UNET)
@@ -95,7 +99,17 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
             f"{settings.weights}: {CONTEXT} is {weights.shapes[CONTEXT]}, the configuration {settings.name} needs {expected}"
         )
     context = weights.read([CONTEXT])[CONTEXT]
-    return Backbone(settings, backbone.unet, backbone.structure, backbone.first_stage, backbone.vae, context, digest.hexdigest()[:16])
+    return Backbone(settings, backbone.unet, backbone.structure, backbone.first_stage, backbone.vae, context, digest)
+
+
+def files_digest(weights: Path, vae_weights: Path) -> str:
+    """What a backbone is known by: SHA-256 of its weight files, first 16 hex digits."""
+    digest = hashlib.sha256()
+    for file in (weights, vae_weights):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def save_backbone(backbone: Backbone, weights: Path, vae_weights: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -133,7 +147,7 @@ def write_tensors(
     for key in keys:
         shape, dtype = layout[key]
         begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[key] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -124,7 +124,7 @@ def load(path: str | Path, unet: nn.Module) -> nn.Module:
     for name, bounds in header.get("by_timestep", {}).items():
         apply.replace(unet, name, ByTimestep([unet.get_submodule(name)] * len(bounds), bounds, name))
     for name, facts in header["layers"].items():
-        apply.replace(unet, name, _decode(Geometry.of(unet.get_submodule(name), name), facts, by_layer[name], name))
+        apply.replace(unet, name, decode(Geometry.of(unet.get_submodule(name), name), facts, by_layer[name], name))
     apply.note(unet, **{key: header[key] for key in header["noted"]})
     apply.follow_timesteps(unet)
     return unet
@@ -151,7 +151,8 @@ def _encode(layer: QuantLayer) -> dict[str, Tensor]:
     return state
 
 
-def _decode(geometry: Geometry, facts: dict[str, Any], state: dict[str, Tensor], name: str) -> QuantLayer:
+def decode(geometry: Geometry, facts: dict[str, Any], state: dict[str, Tensor], name: str) -> QuantLayer:
+    """The layer that a file's facts and tensors, by role, tell of."""
     state = dict(state)
     state["weight"] = unpack(state["weight"], facts["weight_bits"], math.prod(geometry.weight_shape)).view(geometry.weight_shape)
     state["zero_point"] = state["zero_point"].to(state["scale"].dtype)
