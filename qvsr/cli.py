@@ -75,17 +75,22 @@ def settings(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def compute(config: Config) -> None:
+    """As :func:`reproducible`, by the settings."""
+    reproducible(config.threads, config.device, config.seed)
+
+
+def reproducible(threads: int, device: str, seed: int) -> None:
     """Everything that makes two runs the same, on a GPU to rounding: fixed numbers of threads, deterministic algorithms, a seed."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(config.threads)  # numpy and torch are not loaded yet: they read these when they are
+        os.environ[name] = str(threads)  # numpy and torch are not loaded yet: they read these when they are
     import torch
 
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     # use_deterministic_algorithms does the same and loads the compiler, 1.4 s a job; on a GPU the gradient of warping has no such algorithm
-    torch.set_deterministic_debug_mode("error" if config.device == "cpu" else "default")
+    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     torch.backends.cudnn.allow_tf32 = False  # convolutions round as the CPU's and as matrix products do
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
@@ -529,6 +534,73 @@ def export(
     from qvsr.stages import export as stage
 
     typer.echo(f"written: {stage.run(resolved, checkpoint, out, measured or [], branch, licence)}")
+
+
+@app.command()
+def upscale(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="a video, or a folder of PNG or JPEG frames")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="a video (.mp4, .mkv, .mov, .m4v, .webm), or a folder of PNG frames")],
+    model: Annotated[Path | None, typer.Option(help="written by export; default: the small W4A4 model of this repository")] = None,
+    execution: Annotated[
+        str | None, typer.Option(help="simulated or packed; default: packed where this machine has it for every layer")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the noise; default: that of the model's run")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="of sampling; default: the model's")] = None,
+    clip: Annotated[str, typer.Option(help="what the noise is keyed by; default: the name of IN, without extension")] = "",
+    fps: Annotated[float | None, typer.Option(min=0.01, help="frames a second of a video made of a folder that does not say it")] = None,
+    audio: Annotated[bool, typer.Option(help="copy the sound of a video")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, and a stopped run that was given other options")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="of torch; another number rounds otherwise; default: that of the model's run, mostly 1")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Restore a video or a folder of frames at four times the size; continues where it was stopped."""
+    from qvsr.stages import upscale as stage
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(suggest("device", device, ("cpu", "cuda")))
+    stage.check_out(source, out, overwrite)  # before torch is loaded
+    from qvsr.quant.exported import read_header
+    from qvsr.stages.doctor import preferred_execution
+
+    file = model or stage.DEFAULT_MODEL
+    run = read_header(file)["run"]
+    reproducible(threads or run["threads"], device, run["seed"])
+    chosen = execution or preferred_execution()
+    try:
+        stage.run(
+            source,
+            out,
+            file,
+            execution=chosen,
+            seed=run["seed"] if seed is None else seed,
+            steps=steps,
+            clip=clip,
+            fps=fps,
+            audio=audio,
+            overwrite=overwrite,
+            device=device,
+        )
+    except stage.StoppedError as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"written: {out} ({chosen})")
+
+
+@app.command()
+def doctor(
+    require: Annotated[
+        list[str] | None, typer.Option(help="packed or cuda: exit code 1 where this machine does not have it; may be repeated")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say what is on this machine, which path each kind of layer takes, and why."""
+    from qvsr.stages import doctor as stage
+
+    found = stage.report()
+    typer.echo(json.dumps(found, indent=1) if json_ else stage.show(found))
+    stage.require(found, require or [])
 
 
 @app.command("plan")

@@ -11,8 +11,9 @@ What is not quantized keeps the type that it has in the backbone's weight files.
 float32 numbers with their exponents compressed (:func:`squeeze`), or `half`: float16, rounded once when the file is written, which gives
 other numbers than the checkpoint's, the same for every execution of this file.
 
-The header is one JSON text under the key ``qvsr_model``: settings of the backbone and of sampling, facts of every layer, what the checkpoint's
-header says. It holds no time and no path. Beside it, under ``sha256``, stands the digest of the whole file with zeros in the digest's place.
+The header is one JSON text under the key ``qvsr_model``: settings of the backbone and of sampling, seed and threads of the run, facts of every
+layer, what the checkpoint's header says. It holds no time and no path. Beside it, under ``sha256``, stands the digest of the whole file with
+zeros in the digest's place.
 
 Files are copied tensor by tensor, and a layer is brought into the form of its execution before the next one is read: neither
 writing nor loading holds a second copy of the model.
@@ -127,6 +128,7 @@ def write(path: Path, config: Config, quantized: Path, branch: Literal["exact", 
             "format": FORMAT,
             "backbone": config.backbone.model_dump(mode="json", exclude={"weights", "vae_weights", "flow_weights"}),
             "sampling": config.sampling.model_dump(mode="json"),
+            "run": {"seed": config.seed, "threads": config.threads},
             "quantized": {key: one for key, one in made.items() if key not in _NOT_COPIED},
             "layers": made["layers"],
             "by_timestep": made.get("by_timestep", {}),
