@@ -30,7 +30,7 @@ class LayerPath:
 
     Attributes:
         kind: Linear, Conv1d, Conv2d or Conv3d.
-        execution: simulated or packed.
+        execution: packed, simulated, or reference: packed without integer instructions, which is right and slow.
         reason: one line.
     """
 
@@ -39,23 +39,21 @@ class LayerPath:
     reason: str
 
 
-def layer_paths(weight_bits: int = 4, act_bits: int = 4) -> list[LayerPath]:
-    """The path of each kind of layer on this machine: the one place that asks the kernels.
-
-    They answer by ``qvsr.kernels.ops.layer_path(kind, weight_bits, act_bits)``, which gives the execution and a reason.
-    """
+def layer_paths() -> list[LayerPath]:
+    """The path of each kind of layer on this machine: the one place that asks the kernels, which have one answer for all kinds."""
     from qvsr.quant.layer import EXECUTIONS, KINDS
 
     if "packed" not in EXECUTIONS:
-        return [LayerPath(kind, "simulated", "this version has no packed execution") for kind in KINDS.values()]
-    answer = getattr(importlib.import_module("qvsr.kernels.ops"), "layer_path", None)
-    if answer is None:
-        return [LayerPath(kind, "packed", "the kernels do not say by which backend") for kind in KINDS.values()]
-    return [LayerPath(kind, *answer(kind, weight_bits, act_bits)) for kind in KINDS.values()]
+        found = ("simulated", "this version has no packed execution")
+    elif reason := importlib.import_module("qvsr.kernels.cpu").missing():
+        found = ("reference", reason)
+    else:
+        found = ("packed", "8-bit integer products by oneDNN and torch._int_mm")
+    return [LayerPath(kind, *found) for kind in KINDS.values()]
 
 
 def preferred_execution() -> str:
-    """packed where every kind of layer has it on this machine, else simulated."""
+    """packed where every kind of layer has its fast path on this machine, else simulated."""
     return "packed" if all(path.execution == "packed" for path in layer_paths()) else "simulated"
 
 
@@ -161,7 +159,7 @@ def show(found: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in lines)
     text = [f"{name:<{width}}  {value}" for name, value in lines]
-    text += ["", "layers of a W4A4 model:"]
+    text += ["", "quantized layers:"]
     text += [f"{path['kind']:<{width}}  {path['execution']}: {path['reason']}" for path in found["layers"]]
     return "\n".join(text)
 

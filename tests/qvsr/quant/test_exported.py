@@ -13,55 +13,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qvsr import config as settings
-from qvsr.config import Config
-from qvsr.models.checkpoints import Backbone, build, load_backbone, save_backbone
+from qvsr.models.checkpoints import Backbone
 from qvsr.plan import resolve
 from qvsr.provenance import ROOT
 from qvsr.quant import apply, checkpoint, exported
-from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.cost import planned_facts
 from qvsr.quant.exported import ModelError
-from qvsr.quant.layer import EXECUTIONS, LayerPlan, QuantError, QuantLayer, halves
+from qvsr.quant.layer import EXECUTIONS, QuantError
+from tests.exporting import configured, quantized
 from tests.workflow import tiny
-
-EXCLUDE = ("time_embed.0", "input_blocks.0.0", "out.2")
-
-
-def configured(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Config:
-    """Settings whose backbone has random weights in `folder`."""
-    files = {"weights": str(folder / f"w{seed}.safetensors"), "vae_weights": str(folder / f"v{seed}.safetensors")}
-    config = settings.validate({**tiny.CONFIG, "backbone": {**tiny.BACKBONE, **files, **changes}}, "test")
-    torch.manual_seed(seed)
-    network = build(config.backbone)
-    for module in (network.unet, network.structure, network.vae):
-        for parameter in module.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-    save_backbone(network, Path(files["weights"]), Path(files["vae_weights"]), dtype)
-    return config
-
-
-def quantized(config: Config, file: Path, rank: int = 2, forms: bool = False, branch: float = 1.0) -> Backbone:
-    """A checkpoint of the configuration's backbone, and that backbone quantized."""
-    backbone = load_backbone(config.backbone)
-
-    def make(name: str, module: torch.nn.Module) -> QuantLayer:
-        layer = QuantLayer.from_float(module, LayerPlan(4, 4, halves(module.weight.shape[1]), True, rank), name)
-        if rank:
-            layer.up.mul_(branch)
-        return layer
-
-    layers = apply.quantize_layers(backbone.unet, EXCLUDE, make)
-    if forms:
-        name = next(name for name, layer in layers.items() if layer.geometry.kind == "Linear")
-        rows = [QuantLayer.from_float(load_backbone(config.backbone).unet.get_submodule(name), LayerPlan(bits, 4), name) for bits in (3, 5)]
-        apply.replace(backbone.unet, name, ByTimestep(rows, (400, 999), name))
-    apply.freeze(backbone.unet)
-    apply.follow_timesteps(backbone.unet)
-    header = {"method": "test", "bits": "W4A4", "backbone": "tiny", "weights": backbone.digest, "spec": {"weight_bits": 4}}
-    checkpoint.save(backbone.unet, file, header)
-    return backbone
 
 
 def call(backbone: Backbone, t: int = 500) -> Tensor:
@@ -88,7 +48,7 @@ def test_the_numbers_are_the_checkpoint_s_to_the_bit(tmp_path: Path, dtype: torc
     assert torch.equal(backbone.vae.decode(posterior.mean, features), model.backbone.vae.decode(same.mean, others))
     assert model.sampling == config.sampling and model.header["licence"] == "CC0-1.0"
     assert (
-        model.header["quantized"]["method"] == "test"
+        model.header["quantized"]["method"] == "maxmin"
         and model.header["layers"] == checkpoint.read_header(tmp_path / "q.safetensors")["layers"]
     )
 
