@@ -33,7 +33,7 @@ def configured(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return config
 
 
-def quantized(config: Config, file: Path, rank: int = 2, forms: bool = False, branch: float = 1.0) -> Backbone:
+def quantized(config: Config, file: Path, rank: int = 2, forms: bool = False, branch: float = 1.0, rotate: bool = True) -> Backbone:
     """A checkpoint of the configuration's backbone, and that backbone quantized.
 
     Args:
@@ -43,7 +43,7 @@ def quantized(config: Config, file: Path, rank: int = 2, forms: bool = False, br
     backbone = load_backbone(config.backbone)
 
     def make(name: str, module: torch.nn.Module) -> QuantLayer:
-        layer = QuantLayer.from_float(module, LayerPlan(4, 4, halves(module.weight.shape[1]), True, rank), name)
+        layer = QuantLayer.from_float(module, LayerPlan(4, 4, halves(module.weight.shape[1]), rotate, rank), name)
         if layer.up is not None:
             layer.up.mul_(branch)
         return layer

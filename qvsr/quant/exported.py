@@ -21,6 +21,8 @@ writing nor loading holds a second copy of the model.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -206,6 +208,7 @@ def load(path: Path, execution: str = "simulated") -> Model:
             apply.set_execution(layer, execution)
             apply.replace(unet, name, layer)
     apply.follow_timesteps(unet)
+    _give_back()
     context = file.read([CONTEXT])[CONTEXT]
     whole = Backbone(settings, unet, backbone.structure, backbone.first_stage, backbone.vae, context, header["digest"][:16])
     return Model(whole, SamplingSettings.model_validate(header["sampling"]), header)
@@ -352,6 +355,12 @@ def _place(header: bytes) -> int:
     """Where the digest begins; the text of our own key cannot hold the mark, its quotation marks have a backslash in front."""
     mark = f'"{SEAL}":"'.encode()
     return header.find(mark) + len(mark)
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system: after layers were unpacked, glibc keeps several times what they take in the end."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _branch(stored: Tensor, role: str, geometry: Geometry, rank: int) -> Tensor:

@@ -24,6 +24,9 @@ STAGES = (
     "config",
     "train",
     "convert",
+    "export",
+    "upscale",
+    "doctor",
 )
 
 
