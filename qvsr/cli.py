@@ -542,8 +542,8 @@ def upscale(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a video (.mp4, .mkv, .mov, .m4v, .webm), or a folder of PNG frames")],
     model: Annotated[Path | None, typer.Option(help="written by export; default: the small W4A4 model of this repository")] = None,
     execution: Annotated[
-        str | None, typer.Option(help="simulated or packed; default: packed where this machine has it for every layer")
-    ] = None,
+        str, typer.Option(help="simulated, as restore computes, or packed; doctor says what this machine has")
+    ] = "simulated",
     seed: Annotated[int | None, typer.Option(min=0, help="of the noise; default: that of the model's run")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="of sampling; default: the model's")] = None,
     clip: Annotated[str, typer.Option(help="what the noise is keyed by; default: the name of IN, without extension")] = "",
@@ -562,18 +562,16 @@ def upscale(
         raise ConfigError(suggest("device", device, ("cpu", "cuda")))
     stage.check_out(source, out, overwrite)  # before torch is loaded
     from qvsr.quant.exported import read_header
-    from qvsr.stages.doctor import preferred_execution
 
     file = model or stage.DEFAULT_MODEL
     run = read_header(file)["run"]
     reproducible(threads or run["threads"], device, run["seed"])
-    chosen = execution or preferred_execution()
     try:
         stage.run(
             source,
             out,
             file,
-            execution=chosen,
+            execution=execution,
             seed=run["seed"] if seed is None else seed,
             steps=steps,
             clip=clip,
@@ -585,7 +583,7 @@ def upscale(
     except stage.StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"written: {out} ({chosen})")
+    typer.echo(f"written: {out} ({execution})")
 
 
 @app.command()

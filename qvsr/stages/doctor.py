@@ -52,11 +52,6 @@ def layer_paths() -> list[LayerPath]:
     return [LayerPath(kind, *found) for kind in KINDS.values()]
 
 
-def preferred_execution() -> str:
-    """packed where every kind of layer has its fast path on this machine, else simulated."""
-    return "packed" if all(path.execution == "packed" for path in layer_paths()) else "simulated"
-
-
 def report(folder: Path = Path()) -> dict[str, Any]:
     """Everything that is looked at, as plain values.
 

@@ -184,7 +184,7 @@ def test_loading_imports_nothing_that_quantizes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("packed" not in EXECUTIONS, reason="this version has no packed execution: simulated keeps an integer in a byte")
 def test_packed_memory_is_that_of_the_file(tmp_path: Path) -> None:
-    """A U-Net of 70 million parameters, so that the process itself does not hide what the weights take.
+    """A U-Net of 68 million parameters, so that the process itself does not hide what the weights take.
 
     Not rotated: layers of less than 256 channels keep a dense matrix each, which at these widths is no small part; at full size it is.
     """
