@@ -19,7 +19,8 @@ from qvsr.provenance import atomic_path, is_disk_full
 if TYPE_CHECKING:
     from qvsr.data.clips import Frames
 
-H264 = ("libx264", {"crf": "14", "preset": "medium"})
+# weighted prediction reads what lies behind a row in memory: with it one in two runs on small frames gave other bytes
+H264 = ("libx264", {"crf": "14", "preset": "medium", "x264-params": "weightp=0"})
 ENCODERS = {".mp4": H264, ".mkv": H264, ".mov": H264, ".m4v": H264, ".webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "3"})}
 BT709, LIMITED = 1, 1  # as FFmpeg numbers them
 
