@@ -19,8 +19,9 @@ from qvsr.provenance import atomic_path, is_disk_full
 if TYPE_CHECKING:
     from qvsr.data.clips import Frames
 
-# weighted prediction reads what lies behind a row in memory: with it one in two runs on small frames gave other bytes
-H264 = ("libx264", {"crf": "14", "preset": "medium", "x264-params": "weightp=0"})
+# Without weighted prediction and the macroblock tree: with them x264 looks at what lies behind a frame's rows in memory, and on small frames up
+# to half of the runs gave other bytes.
+H264 = ("libx264", {"crf": "14", "preset": "medium", "x264-params": "weightp=0:no-mbtree=1"})
 ENCODERS = {".mp4": H264, ".mkv": H264, ".mov": H264, ".m4v": H264, ".webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "3"})}
 BT709, LIMITED = 1, 1  # as FFmpeg numbers them
 
@@ -111,7 +112,9 @@ def write_video(path: Path, frames: Iterable[Frames], size: tuple[int, int], tim
                 context.color_range = LIMITED
                 sound = stack.enter_context(closing(_Sound(container, sound_from)))
                 for index, frame_HWC in enumerate(frames):
-                    picture = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+                    converted = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+                    # into rows of their own: behind those of a conversion lies anything, and the encoder reads some of it
+                    picture = av.VideoFrame.from_ndarray(converted.to_ndarray(), format="yuv420p")
                     picture.pts, picture.time_base = times.tick(index), times.base
                     picture.colorspace, picture.color_range = BT709, LIMITED
                     container.mux(stream.encode(picture))
