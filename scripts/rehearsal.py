@@ -67,7 +67,8 @@ CUT: dict[str, Any] = {
         "quantvsr": {"refine_updates": 1, "lba_updates": 1, "accumulate": 1},
     },
     "official": {"precision": "single"},  # mapped by all jobs, in memory once
-    "jobs": {"calibrate": {"mem_mb": 8000}, "quantize": {"mem_mb": 13000}, "restore": {"mem_mb": 8000}, "layers": {"mem_mb": 8000}},
+    # so much that 20 GB hold one of them at a time, with the mapped weights: a restoring job takes up to 9 GB beside these, a quantizing one 10
+    "jobs": {"calibrate": {"mem_mb": 11000}, "quantize": {"mem_mb": 14000}, "restore": {"mem_mb": 11000}},
 }
 
 
@@ -97,7 +98,9 @@ def main() -> None:
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     took = time.monotonic() - begun
-    print(f"{took / 60:.0f} minutes, {watch.peak / 1e9:.1f} GB of memory at the most, {disk(folder) / 1e9:.0f} GB of disk")
+    print(
+        f"{took / 60:.0f} minutes, {watch.peak / 1e9:.1f} GB of memory at the most ({watch.at_peak}), {disk(folder) / 1e9:.0f} GB of disk"
+    )
     sys.exit(bool(faults))
 
 
@@ -177,7 +180,7 @@ class Watch:
     """Memory of this process and of all below it, and the time of each stage's commands, as long as the block runs."""
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.peak, self.at_peak = 0, ""
         self.seen: dict[int, tuple[str, float, float]] = {}  # process: stage, first and last seen
         self.memory: dict[int, int] = defaultdict(int)
         self._end = threading.Event()
@@ -194,7 +197,7 @@ class Watch:
     def _watch(self) -> None:
         me = psutil.Process()
         while not self._end.wait(1):
-            whole = 0
+            whole, running = 0, []
             for process in [me, *me.children(recursive=True)]:
                 try:
                     size, line = process.memory_full_info().pss, process.cmdline()
@@ -202,10 +205,12 @@ class Watch:
                     continue
                 whole += size
                 if line[1:3] == ["-m", "qvsr"]:
+                    running.append(f"{line[3]} {size / 1e9:.1f}")
                     now = time.monotonic()
                     self.seen[process.pid] = (line[3], self.seen.get(process.pid, ("", now, now))[1], now)
                     self.memory[process.pid] = max(self.memory[process.pid], size)
-            self.peak = max(self.peak, whole)
+            if whole > self.peak:
+                self.peak, self.at_peak = whole, ", ".join(running)
 
     def table(self) -> str:
         """Jobs, minutes and gigabytes by stage."""
