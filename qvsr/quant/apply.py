@@ -121,15 +121,18 @@ def follow_timesteps(network: nn.Module) -> None:
 
 
 def set_execution(network: nn.Module, execution: str) -> None:
-    """Choose how the quantized layers compute.
+    """Choose how the quantized layers compute; packed execution packs their weights in memory.
 
     Raises:
-        QuantError: an execution that is not known.
+        QuantError: an execution that is not known, or packed where a layer is not frozen; then no layer is changed.
     """
     if execution not in EXECUTIONS:
         raise QuantError(suggest("execution", execution, EXECUTIONS))
-    for layer in quant_layers(network).values():
-        layer.execution = execution
+    layers = quant_layers(network)
+    for layer in layers.values():
+        layer.check_execution(execution)
+    for layer in layers.values():
+        layer.set_execution(execution)
 
 
 def note(network: nn.Module, **facts: Any) -> None:

@@ -10,27 +10,36 @@ offset`` is a constant of the full-precision weight; at a zero-padded border few
 laid out for the size of the input.
 
 A layer is *open* while a method works on it: it holds the floating-point weight, and L1, L2 can be trained through the rounding
-(ranges stay as they were first measured, as published). `freeze` turns it into integers for good. Execution here is *simulated*:
-floating point on rounded values, the rounded weight kept beside its integers.
+(ranges stay as they were first measured, as published). `freeze` turns it into integers for good.
+
+Execution is *simulated*: floating point on rounded values, the rounded weight kept beside its integers; or, of a frozen layer, *packed*:
+integers multiplied by the operators of :mod:`qvsr.kernels.ops`, the weight packed in memory. Both round the same rotated input on the same
+grid, so their integers are equal; the outputs differ in the rounding of float32 sums. Packed convolutions return channels last.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvsr.kernels import ops
+from qvsr.kernels.packing import pack_weight, unpack_weight
+from qvsr.kernels.reference import output_shape
+from qvsr.kernels.rotate import rotate
 from qvsr.quant import affine, low_rank
-from qvsr.quant.rotation import can_rotate, random_signs, rotation_from_signs
+from qvsr.quant.rotation import can_rotate, factors, hadamard, is_product, random_signs, rotation_from_signs
 from qvsr.registry import suggest
 
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "Linear", nn.Conv1d: "Conv1d", nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d"}
-EXECUTIONS = ("simulated",)
-GRANULARITIES = ("tensor", "frame", "token")
+EXECUTIONS = ("simulated", "packed")
+GRANULARITIES = ops.GRANULARITIES
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -154,6 +163,7 @@ class QuantLayer(nn.Module):
         for buffer in (
             "weight",
             "weight_q",
+            "weight_packed",
             "weight_scale",
             "weight_zero_point",
             "smooth",
@@ -171,6 +181,7 @@ class QuantLayer(nn.Module):
 
     weight: Tensor | None
     weight_q: Tensor | None
+    weight_packed: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor
     smooth: Tensor | None
@@ -296,7 +307,7 @@ class QuantLayer(nn.Module):
     def _draw_rotations(self, signs: list[Tensor]) -> None:
         self.signs = torch.cat(signs)
         for part, sign in enumerate(signs):
-            if self.rotated[part]:
+            if self.rotated[part] and factors(sign.numel()) is None:
                 dtype = self.weight.dtype if self.weight is not None else torch.float32
                 setattr(self, f"rotation_{part}", rotation_from_signs(sign, dtype))
 
@@ -325,10 +336,36 @@ class QuantLayer(nn.Module):
         """Whether the floating-point weight is still there."""
         return self.weight is not None
 
+    def set_execution(self, execution: str) -> None:
+        """Compute in floating point on rounded values (`simulated`), or with integers (`packed`, frozen layers only).
+
+        Raises:
+            QuantError: an execution that is not known, or an open layer.
+        """
+        self.check_execution(execution)
+        if execution == "packed" and self.weight_q is not None:
+            self.weight_packed, self.weight_q = pack_weight(self.weight_q, self.weight_bits, self.parts), None
+            # the operators take them as they are; a view of a larger tensor would keep all of it in memory
+            self.weight_scale, self.weight_zero_point = self.weight_scale.contiguous(), self.weight_zero_point.contiguous()
+        elif execution == "simulated" and self.weight_packed is not None:
+            self.weight_q, self.weight_packed = self.integers(), None
+        self._cache = self._grid = self._rotated_weight = None
+        self.execution = execution
+
+    def check_execution(self, execution: str) -> None:
+        """Raise what :meth:`set_execution` would."""
+        if execution not in EXECUTIONS:
+            raise QuantError(f"{self.name}: {suggest('execution', execution, EXECUTIONS)}")
+        if execution == "packed" and self.is_open:
+            raise QuantError(f"{self.name}: it is open, packed execution needs its integers; freeze it first (qvsr.quant.apply.freeze)")
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(…, K)`` to ``(…, N)`` for Linear; maps ``(B, K, …)`` to ``(B, N, …)`` for convolutions."""
         x = self._scaled(x)
-        y = self._linear(x) if self.is_linear else self._convolution(x)
+        if self.execution == "packed":
+            y = self._packed(x)
+        else:
+            y = self._linear(x) if self.is_linear else self._convolution(x)
         if self.offset_taps is not None:
             y = y + self.offset_constant(self.offset_taps, x.shape)
         if self.correction is None:
@@ -391,6 +428,63 @@ class QuantLayer(nn.Module):
         y.view(*thin.shape[:1], geometry.out_channels, -1).baddbmm_(self.up.expand(thin.shape[0], -1, -1), thin)
         return y
 
+    def _packed(self, x: Tensor) -> Tensor:
+        """A smoothed input through the operators of packed execution."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise QuantError(f"{self.name}: packed execution has no gradients; run it under torch.no_grad, or simulated")
+        if not x.numel():
+            return x.new_empty(self._output_shape(x))
+        channels_first = not self.is_linear and not _channels_last(x)
+        ranged = self.as_ranged(x) if self.is_linear or channels_first else x.movedim(1, -1)
+        ranged = ranged.contiguous()
+        inputs = [self._packed_input(ranged, part, channels_first) for part in range(len(self.parts))]
+        columns: tuple[list[Tensor], ...] = tuple(list(values) for values in zip(*inputs, strict=True))
+        thin = None
+        if self.down is not None and self.is_linear:
+            thin = (ranged.view(-1, ranged.shape[-1]) @ self.down.T).view(*ranged.shape[:-1], -1)
+        elif self.down is not None:
+            thin = self.operate(x, self.down).movedim(1, -1).contiguous()
+        bias = self._bias_now()
+        layer = (self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point)
+        if self.is_linear:
+            y = torch.ops.qvsr.matmul_packed(*columns, *layer, bias, thin, self.up)
+            return y.view(self._output_shape(x))  # type: ignore[no-any-return]
+        geometry = self.geometry
+        how = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+        return torch.ops.qvsr.conv_packed(*columns, *layer, *how, bias, thin, self.up).movedim(-1, 1)  # type: ignore[no-any-return]
+
+    def _packed_input(self, x: Tensor, part: int, channels_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers, scale and zero point of one part of a contiguous input."""
+        start = sum(self.parts[:part])
+        matrices, signs = self._rotation(part, x.dtype) if self.rotated[part] else ([], None)
+        scale = zero_point = None
+        if self.act_scale is not None and self.act_zero_point is not None:
+            row = self._row(self.act_timesteps, "activation ranges depend")
+            scale, zero_point = self.act_scale[row, part], self.act_zero_point[row, part]
+        return torch.ops.qvsr.quantize_activation(  # type: ignore[no-any-return]
+            x,
+            start,
+            start + self.parts[part],
+            channels_first,
+            not self.is_linear,
+            matrices,
+            signs,
+            self.act_bits,
+            self.act_granularity_used,
+            self.act_symmetric,
+            self.scale_floor,
+            None if self.act_clip is None else self.act_clip[part],
+            scale,
+            zero_point,
+        )
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        geometry = self.geometry
+        if self.is_linear:
+            return (*x.shape[:-1], geometry.out_channels)
+        how = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+        return (x.shape[0], geometry.out_channels, *output_shape(x.shape[2:], *how))
+
     def unrounded(self, x: Tensor, inputs: Sequence[Tensor], residual: Tensor) -> Tensor:
         """What an open layer returns where nothing is rounded.
 
@@ -430,8 +524,7 @@ class QuantLayer(nn.Module):
         if self.is_open:
             values = affine.fake_quantize(self._residual(), scale, zero_point, self.weight_bits)
         else:
-            assert self.weight_q is not None
-            values = affine.dequantize(self.weight_q, scale, zero_point)
+            values = affine.dequantize(self.integers(), scale, zero_point)
         weights = list(values.split(self.parts, 1)) if self.is_linear else [values]
         if not trained:
             weights = [part.detach().contiguous() for part in weights]
@@ -445,6 +538,9 @@ class QuantLayer(nn.Module):
         """The integer weight ``(N, K, *kernel)``, uint8 up to 8 bits."""
         if self.weight_q is not None:
             return self.weight_q
+        if self.weight_packed is not None:
+            rows = unpack_weight(self.weight_packed, self.weight_bits, self.parts, self.geometry.kernel)
+            return torch.cat([part.transpose(1, 2) for part in rows], 1).reshape(self.geometry.weight_shape)
         with torch.no_grad():
             return affine.quantize(self._residual(), *self._weight_grid(), self.weight_bits)
 
@@ -525,8 +621,16 @@ class QuantLayer(nn.Module):
     def _rotate_input(self, piece: Tensor, part: int) -> Tensor:
         if not self.rotated[part]:
             return piece
+        return rotate(piece, *self._rotation(part, piece.dtype), left=not self.is_linear, channels_first=not self.is_linear)
+
+    def _rotation(self, part: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
+        """A part's rotation as :func:`qvsr.kernels.rotate.rotate` takes it: a matrix, or two factors and signs."""
         matrix = getattr(self, f"rotation_{part}")
-        return piece @ matrix if self.is_linear else torch.matmul(matrix, piece.flatten(2)).view(piece.shape)
+        if matrix is not None:
+            return [matrix], None
+        assert self.signs is not None
+        signs = self.signs.split(self.parts)[part]
+        return _rotation_factors(signs.numel(), dtype, signs.device), signs.to(dtype)
 
     def _round_input(self, piece: Tensor, part: int, own: bool) -> Tensor:
         scale, zero_point = self._act_qparams(piece, part)
@@ -587,11 +691,7 @@ class QuantLayer(nn.Module):
             return weight
         pieces = []
         for part, piece in enumerate(weight.split(self.parts, 1)):
-            if not self.rotated[part]:
-                pieces.append(piece)
-                continue
-            matrix = getattr(self, f"rotation_{part}")
-            pieces.append(piece @ matrix if self.is_linear else torch.matmul(matrix, piece.flatten(2)).view(piece.shape))
+            pieces.append(self._rotate_input(piece, part))  # rotated as the input is: from the right, or tap by tap from the left
         return torch.cat(pieces, 1)
 
     def _total_bias(self) -> Tensor | None:
@@ -616,7 +716,7 @@ class QuantLayer(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """All that is needed beside :meth:`state` to build the frozen layer again, and what a report wants to know; plain values."""
-        return {
+        facts = {
             "kind": self.geometry.kind,
             "shape": list(self.geometry.weight_shape),
             "weight_bits": self.weight_bits,
@@ -634,6 +734,14 @@ class QuantLayer(nn.Module):
             "act_timesteps": list(self.act_timesteps),
             "bias_timesteps": list(self.bias_timesteps),
         }
+        if self._needs_products():
+            facts["hadamard"] = "product"
+        return facts
+
+    def _needs_products(self) -> bool:
+        """Whether a matrix that follows from the signs was another one in files from before products (:func:`qvsr.quant.rotation.is_product`)."""
+        drawn = not self.stored_rotation and self.signs is not None
+        return drawn and any(rotated and is_product(size) for size, rotated in zip(self.parts, self.rotated, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of the layer by role; the weight as integers, not packed. A rotation is its signs, or a matrix if it was given."""
@@ -689,6 +797,10 @@ class QuantLayer(nn.Module):
                 setattr(layer, role, nn.Parameter(state[role], requires_grad=False))
         if "signs" in state:
             layer._draw_rotations(list(state["signs"].split(layer.parts)))
+            if layer._needs_products() and facts.get("hadamard") != "product":
+                raise QuantError(
+                    f"{name}: its file was made with other Hadamard matrices for parts of {layer.parts} channels; make it again"
+                )
         elif "rotation.0" in state:
             layer._store_rotations([state[f"rotation.{part}"] for part in range(len(layer.parts))])
         return layer
@@ -696,3 +808,15 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.geometry.weight_shape))
         return f"{self.geometry.kind} {shape}, W{self.weight_bits}A{self.act_bits}, parts={self.parts}, rank={self.rank}, rotated={any(self.rotated)}"
+
+
+@lru_cache(maxsize=64)
+def _rotation_factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The two factors of a rotation without its signs, shared by all layers of the size."""
+    first, second = (hadamard(size).to(device, dtype) for size in factors(n))  # type: ignore[union-attr]
+    return [first, second / math.sqrt(n)]
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether maps lie in memory with their channels last, and not also first."""
+    return x.movedim(1, -1).is_contiguous() and not x.is_contiguous()

@@ -2,7 +2,8 @@
 
 A rotation of n channels is ``diag(signs) @ H_n / sqrt(n)`` with a Hadamard matrix H_n and signs of +-1. H_n follows from n alone, so
 a checkpoint stores the signs. Matrices are built by Sylvester's doubling, Paley's two constructions over the integers modulo a
-prime, and Kronecker products of these; a size for which none of them works is not rotated.
+prime, and Kronecker products of these; a size for which none of them works is not rotated. From `FAST` on a matrix is a product of two
+of about equal size wherever there are such, so that it can be applied one factor after the other (:mod:`qvsr.kernels.rotate`).
 
 The published convention, which :class:`qvsr.quant.layer.QuantLayer` follows: a linear layer multiplies tokens from the right
 (``x @ rot``), a convolution multiplies channel vectors from the left (``rot @ c``), weights likewise.
@@ -16,6 +17,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+FAST = 256  # below this size a dense product is as fast as two thin ones
 
 
 class HadamardError(ValueError):
@@ -47,6 +51,19 @@ def can_rotate(n: int) -> bool:
     return _plan(n) is not None
 
 
+@lru_cache(maxsize=1024)
+def factors(n: int) -> tuple[int, int] | None:
+    """The sizes of the two factors of a matrix that is applied fast, the smaller first; None where the matrix is applied as it is.
+
+    >>> factors(160), factors(320), factors(1280), factors(1028)
+    (None, (16, 20), (32, 40), None)
+    """
+    if n < FAST:
+        return None
+    pairs = (left for left in range(math.isqrt(n), 3, -1) if n % left == 0 and can_rotate(left) and can_rotate(n // left))
+    return next(((left, n // left) for left in pairs), None)
+
+
 def random_signs(n: int, seed: int, name: str = "") -> Tensor:
     """n signs, int8 +-1, that depend on `seed` and `name` only."""
     key = hashlib.sha256(f"{seed}/{name}/{n}".encode()).digest()
@@ -74,6 +91,8 @@ def _plan(n: int) -> tuple[str, int] | None:
         return "sylvester", n
     if n < 1 or n % 4:
         return None
+    if is_product(n):
+        return "product", factors(n)[0]  # type: ignore[index]
     if n & (n - 1) == 0:  # powers of two are always Sylvester's, although Paley gives some of them too
         return "double", 2
     if _is_prime(n - 1):
@@ -86,6 +105,15 @@ def _plan(n: int) -> tuple[str, int] | None:
         if n % left == 0 and _plan(left) is not None and _plan(n // left) is not None:
             return "product", left
     return None
+
+
+def is_product(n: int) -> bool:
+    """Whether the matrix of this size was another one before products came first: checkpoints say which one they mean.
+
+    >>> is_product(640), is_product(512), is_product(160)
+    (True, False, False)
+    """
+    return n & (n - 1) != 0 and factors(n) is not None
 
 
 def _build(n: int) -> Tensor | None:

@@ -1,0 +1,152 @@
+"""What the operators mean, written plainly: integers in float64, in which every sum of theirs is exact.
+
+The rounding of activations is the one that backends on a CPU use too. Products of integers of up to 16 bits stay below 2^53 for every layer
+that fits in memory. Slow: a float64 copy of every integer, no integer instructions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvsr.kernels.packing import unpack_weight
+from qvsr.kernels.rotate import rotate
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def quantize_activation(
+    x: Tensor,
+    start: int,
+    stop: int,
+    channels_first: bool,
+    left: bool,
+    rotation: Sequence[Tensor],
+    signs: Tensor | None,
+    bits: int,
+    granularity: str,
+    symmetric: bool,
+    floor: float,
+    clip: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`; float32 operations in the order of the simulated layer, which gives its integers to the last one."""
+    axis = 1 if channels_first else x.dim() - 1
+    piece = x.narrow(axis, start, stop - start)
+    if rotation:
+        piece = rotate(piece, rotation, signs, left, channels_first)
+    shape: tuple[int, ...] = ()
+    if scale is None or zero_point is None:
+        scale, zero_point = _grid(piece, axis, bits, granularity, symmetric, floor, clip)
+        shape = {"tensor": (), "frame": tuple(x.shape[:1]), "token": tuple(x.movedim(axis, -1).shape[:-1])}[granularity]
+    elif piece.numel() and bool(torch.stack(torch.aminmax(piece)).isnan().any()):
+        raise ValueError("quantize_activation: x has NaN, which no integer stands for")
+    top = 2**bits - 1
+    q = (piece.div_(scale) if rotation else piece.div(scale)).round_()
+    if zero_point.numel() == 1:
+        offset = float(zero_point)  # a Python number makes clamp_ several times as fast
+        q.clamp_(-offset, top - offset).add_(offset)
+    else:
+        q.clamp_(-zero_point, top - zero_point).add_(zero_point)
+    q = q.to(torch.uint8 if bits <= 8 else torch.int32)
+    return (q.movedim(1, -1) if channels_first else q).contiguous(), scale.reshape(shape).clone(), zero_point.reshape(shape).clone()
+
+
+def _grid(
+    piece: Tensor, axis: int, bits: int, granularity: str, symmetric: bool, floor: float, clip: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range of `piece`; the formulas of :mod:`qvsr.quant.affine`, to which a test holds them."""
+    if granularity == "tensor":
+        low, high = torch.aminmax(piece)
+    else:
+        axes = (axis,) if granularity == "token" else tuple(range(1, piece.dim()))
+        low, high = piece.amin(axes, keepdim=True), piece.amax(axes, keepdim=True)
+    if clip is not None:
+        low, high = low * clip, high * clip
+    top = 2**bits - 1
+    if symmetric:
+        half = 2.0 ** (bits - 1)
+        bound = torch.maximum(high, -low)
+        low, high = -bound * (half / (half - 1)), bound
+    scale = ((high - low) / top).clamp_min(floor * min(1.0, 255 / top))
+    return scale, torch.round(-low / scale)
+
+
+def matmul_packed(
+    q: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    weight: Tensor,
+    weight_bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`."""
+    rows = [part.unsqueeze(0).flatten(0, -2) for part in q]
+    pieces = [part[:, 0] for part in unpack_weight(weight, weight_bits, [part.shape[-1] for part in q])]
+    y = torch.zeros(rows[0].shape[0], len(weight), dtype=torch.float64, device=weight.device)
+    for index, (u, w) in enumerate(zip(rows, pieces, strict=True)):
+        s, z = (spread(values[index], q[index].shape[:-1]).reshape(-1, 1).double() for values in (scale, zero_point))
+        total = (u.double() - z) @ (w.double() - weight_zero_point[:, index, None].double()).T
+        y += total * s * weight_scale[:, index].double()
+    return _finish(y, bias, thin, up).view(*q[0].shape[:-1], -1)
+
+
+def conv_packed(
+    q: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    weight: Tensor,
+    weight_bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`."""
+    shape = output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation)
+    y = torch.zeros(q[0].shape[0], *shape, len(weight), dtype=torch.float64, device=weight.device)
+    channels = [part.shape[-1] for part in q]
+    for index, w in enumerate(unpack_weight(weight, weight_bits, channels, kernel)):
+        w = w.double() - weight_zero_point[:, index, None, None].double()
+        w = w.transpose(1, 2).reshape(len(weight), channels[index], *kernel)
+        s, z = (spread(values[index], q[index].shape[:-1]).double() for values in (scale, zero_point))
+        u = (q[index].double() - z[..., None]).movedim(-1, 1)  # the zeros that are padded are zeros, whatever the zero point
+        if scale[index].dim() > 1:  # a scale a pixel, which the kernel's only tap sees alone
+            total = _CONV[len(kernel)](u * s[:, None], w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
+        else:
+            total = _CONV[len(kernel)](u, w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
+            total = total * scale[index].double().view(-1, *(1,) * (total.dim() - 1))
+        y += total * weight_scale[:, index].double()
+    return _finish(y.view(-1, len(weight)), bias, thin, up).view(y.shape)
+
+
+def spread(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Values of the leading axes of `shape` over all of it: one for all, one a frame, or one a token."""
+    return values.view(*values.shape, *(1,) * (len(shape) - values.dim())).expand(tuple(shape))
+
+
+def output_shape(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """Positions of a convolution's output along each axis."""
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True))
+
+
+def _finish(y: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None) -> Tensor:
+    if thin is not None and up is not None:
+        y = y + thin.reshape(math.prod(thin.shape[:-1]), -1).double() @ up.double().T
+    return (y if bias is None else y + bias.double()).float()

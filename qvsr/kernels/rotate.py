@@ -1,0 +1,58 @@
+"""Rotations of channels: one dense product, or two thin ones where the matrix is a Kronecker product.
+
+A Hadamard matrix ``A (x) B`` of size a·b takes a + b multiplications a value instead of a·b. At size 640 that is 5 to 10 times as fast on a
+CPU, at 160 no faster: the products become too thin (measured, one thread). Both executions of a layer rotate with this function, so what
+they round is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**17  # values of a block of tokens: both products of it stay in a core's cache
+
+
+def rotate(x: Tensor, matrices: Sequence[Tensor], signs: Tensor | None, left: bool, channels_first: bool) -> Tensor:
+    """``x @ R`` (right) or ``R @ c`` for every channel vector c (left) with ``R = diag(signs) (A (x) B)``.
+
+    Args:
+        x: ``(…, n)``, or ``(B, n, …)`` with `channels_first`, of one part.
+        matrices: A and B, whose scaling makes the product orthogonal; or R itself.
+        signs: ``(n,)`` in the type of `x`; None: all 1, or contained in R.
+        left: as convolutions are rotated; linear layers are rotated from the right, channels last.
+    Returns:
+        a new tensor, shaped as `x`, contiguous.
+    """
+    if len(matrices) == 1:
+        (matrix,) = matrices
+        if channels_first:
+            return torch.matmul(matrix, x.flatten(2)).view(x.shape)
+        return x @ (matrix.T if left else matrix)
+    first, second = matrices
+    a, b = first.shape[0], second.shape[0]
+    if channels_first:
+        batch, maps = x.shape[0], x[0, 0].numel()
+        y = torch.matmul(first, x.reshape(batch, a, b * maps))
+        y = torch.matmul(second, y.view(batch * a, b, maps)).view(batch, a * b, maps)
+        y = y * signs[:, None] if torch.is_grad_enabled() else y.mul_(signs[:, None])
+        return y.view(x.shape)
+    rows = x.reshape(-1, a * b)
+    if torch.is_grad_enabled():
+        return _rows(rows, first, second, signs, left).view(x.shape)
+    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    step = max(1, BLOCK // (a * b)) if x.device.type == "cpu" else max(1, len(rows))
+    for start in range(0, len(rows), step):
+        out[start : start + step] = _rows(rows[start : start + step], first, second, signs, left)
+    return out.view(x.shape)
+
+
+def _rows(x: Tensor, first: Tensor, second: Tensor, signs: Tensor, left: bool) -> Tensor:
+    """Rows ``(M, a·b)`` times R, or times its transpose."""
+    a, b = first.shape[0], second.shape[0]
+    if left:
+        y = torch.matmul(first, (x.reshape(-1, b) @ second.T).view(-1, a, b)).view(x.shape)
+        return y * signs
+    return torch.matmul(first.T, ((x * signs).view(-1, b) @ second).view(-1, a, b)).view(x.shape)
