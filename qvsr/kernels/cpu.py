@@ -30,7 +30,7 @@ from qvsr.kernels.packing import unpack_weight
 from qvsr.kernels.reference import output_shape, spread
 
 KEPT_BELOW = 2**18  # weights of a layer whose layout for oneDNN is kept whatever it is used for
-POSITIONS_PER_INPUT = 2  # from here on a layer has many positions: kept weights are few beside its activations
+POSITIONS_PER_INPUT = 0.5  # from here on a layer has many positions: kept weights are few beside its activations
 FRAMES = 16  # ranges of their own up to here are calls of their own
 BLOCK = 2**21  # sums of _int_mm at a time: 8 MB, which a cache holds
 ROWS = 8192
@@ -88,6 +88,7 @@ class _Weight:
     Attributes:
         centre: c, int8 or uint8 bits of what is subtracted from the integers; rest: r = c - zero_point.
         total: sum of w - c over a row.
+        centred: of each part, whether c is the zero point everywhere; steps: `weight_scale` by part.
         limit: no sum of products exceeds it times the largest ``|q - zero_point|``.
         layouts: the parts in oneDNN's layout, once they were needed; ones: a part each, for sums of inputs.
     """
@@ -98,8 +99,17 @@ class _Weight:
     rest: Tensor
     total: Tensor
     limit: int
+    centred: list[bool]
+    scale: Tensor | None = None
+    steps: list[Tensor] = field(default_factory=list)
     layouts: list[Tensor] = field(default_factory=list)
     ones: list[Tensor] = field(default_factory=list)
+
+    def steps_of(self, weight_scale: Tensor) -> list[Tensor]:
+        """The scales ``(N, P)`` by part, each contiguous."""
+        if self.scale is not weight_scale:
+            self.scale, self.steps = weight_scale, [column.contiguous() for column in weight_scale.unbind(1)]
+        return self.steps
 
     def values(self, integers: Tensor, part: int, start: int, stop: int) -> Tensor:
         """``w - c`` as int8, of integers uint8 ``(n, taps, channels)``; bytes wrap around, and the difference fits."""
@@ -132,7 +142,9 @@ def _facts(weight: Tensor, bits: int, zero_point: Tensor, parts: Sequence[int], 
         centres.append(torch.stack(centre))
         rests.append(torch.stack(rest))
         totals.append(torch.stack(total))
-    found = _Weight(zero_point, weight._version, torch.cat(centres, 1), torch.cat(rests, 1), torch.cat(totals, 1), limit)
+    remainder = torch.cat(rests, 1)
+    centred = [not bool(part.any()) for part in remainder]
+    found = _Weight(zero_point, weight._version, torch.cat(centres, 1), remainder, torch.cat(totals, 1), limit, centred)
     _weights[weight] = found
     return found
 
@@ -174,7 +186,7 @@ def matmul_packed(
     facts = _facts(weight, weight_bits, weight_zero_point, channels, ())
     if _beyond(facts, zero_point):
         return reference.matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up)
-    rows = [part.reshape(positions, -1) for part in q]
+    rows, steps = [part.reshape(positions, -1) for part in q], facts.steps_of(weight_scale)
     branch = None if thin is None else thin.reshape(positions, -1)
     if _uses_onednn(count, sum(channels), positions, scale):
         if not facts.layouts:
@@ -182,13 +194,13 @@ def matmul_packed(
                 values = facts.values(integers, part, 0, count)[:, 0]
                 facts.layouts.append(torch.ops.onednn.qlinear_prepack(values.contiguous(), [positions, channels[part]]))
         sums = [
-            (u.sum(1, keepdim=True, dtype=torch.int32) - int(z) * u.shape[1]).float() * s if bool(facts.rest[part].any()) else None
+            (_sums(u) - int(z) * u.shape[1]).float() * s if not facts.centred[part] else None
             for part, (u, s, z) in enumerate(zip(rows, scale, zero_point, strict=True))
         ]
         y = _start(branch, up, sums, facts, weight_scale, bias)
         for part, u in enumerate(rows):
             own = bias if y is None else None
-            y = _linear(u, scale[part], zero_point[part], facts.layouts[part], weight_scale[:, part].contiguous(), own, y)
+            y = _linear(u, scale[part], zero_point[part], facts.layouts[part], steps[part], own, y)
     else:
         y = _start(branch, up, [], facts, weight_scale, bias)
         ranges = [
@@ -234,7 +246,7 @@ def conv_packed(
         )
     how = _How(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     branch = None if thin is None else thin.reshape(positions, -1)
-    taps = math.prod(kernel)
+    taps, steps = math.prod(kernel), facts.steps_of(weight_scale)
     if not by_pixel and not many_frames and (not inside or _uses_onednn(count, sum(channels) * taps, positions, [])):
         layouts = facts.layouts
         if not layouts:
@@ -244,7 +256,7 @@ def conv_packed(
                 facts.layouts = layouts
         sums: list[Tensor | None] = []
         for part, u in enumerate(q):
-            if not bool(facts.rest[part].any()):
+            if facts.centred[part]:
                 sums.append(None)
                 continue
             if len(facts.ones) <= part:
@@ -258,10 +270,17 @@ def conv_packed(
         y = _start(branch, up, sums, facts, weight_scale, bias)
         for part, u in enumerate(q):
             own = bias if y is None else None
-            new = _conv(u, scale[part], zero_point[part], layouts[part], weight_scale[:, part].contiguous(), own, how).view(
-                positions, count
-            )
-            y = new if y is None else y.add_(new)
+            call = (layouts[part], steps[part], own, how)
+            if y is None:
+                y = _conv(u, scale[part], zero_point[part], *call).view(positions, count)
+                continue
+            # a frame at a time: memory of more than some megabytes is given back to the system and costs more to get than to fill
+            step = frames if positions * count <= BLOCK else 1
+            maps = y.view(frames, -1, count)
+            for frame in range(0, frames, step):
+                some = slice(frame, frame + step)
+                s, z = (values[some] if values.dim() else values for values in (scale[part], zero_point[part]))
+                maps[some].add_(_conv(u[some], s, z, *call).view(-1, positions // frames, count))
     else:
         y = _start(branch, up, [], facts, weight_scale, bias)
         ranges, rows = [], []
@@ -307,11 +326,16 @@ def _linear(
     u: Tensor, scale: Tensor, zero_point: Tensor, layout: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor | None
 ) -> Tensor:
     """One part of a linear layer, added to `y` if there is one; y may be overwritten."""
-    none = torch.zeros(weight_scale.shape, dtype=torch.int32)
-    head = (u, float(scale), int(zero_point), layout, weight_scale, none)
+    head = (u, float(scale), int(zero_point), layout, weight_scale, _none(len(weight_scale)))
     if y is None:
         return torch.ops.onednn.qlinear_pointwise(*head, bias, 1.0, 0, torch.float32, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise.binary(*head, y, bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+
+
+@lru_cache(maxsize=64)
+def _none(count: int) -> Tensor:
+    """Zero points of weights, which oneDNN wants to be 0."""
+    return torch.zeros(count, dtype=torch.int32)
 
 
 def _conv_weight(values: Tensor, kernel: tuple[int, ...], shape: Sequence[int], how: _How) -> Tensor:
@@ -330,14 +354,13 @@ def _conv(u: Tensor, scale: Tensor, zero_point: Tensor, layout: Tensor, weight_s
         frames = zip(u.split(1), scale, zero_point, strict=True)
         return torch.cat([_conv(frame, s, z, layout, weight_scale, bias, how) for frame, s, z in frames])
     maps = u.unsqueeze(1) if len(how.kernel) == 1 else u
-    none = torch.zeros(weight_scale.shape, dtype=torch.int32)
     y = torch.ops.onednn.qconv_pointwise(
         maps.movedim(-1, 1),
         float(scale),
         int(zero_point),
         layout,
         weight_scale,
-        none,
+        _none(len(weight_scale)),
         bias,
         *_two(how),
         1,
@@ -405,7 +428,7 @@ def _blocks(
     positions, count, taps = len(rows[0]), len(weight), math.prod(kernel)
     channels = [part.shape[1] // taps for part in rows]
     out = rows[0].new_empty(positions, count, dtype=torch.float32) if y is None else y
-    sums = [u.sum(1, keepdim=True, dtype=torch.int32) if bool(facts.rest[part].any()) else None for part, u in enumerate(rows)]
+    sums = [_sums(u) if not facts.centred[part] else None for part, u in enumerate(rows)]
     zeros = [zero_point.to(torch.int32) for _, zero_point in ranges]
     high = min(ROWS, positions)
     wide = max(64, BLOCK // high // 64 * 64)
@@ -434,3 +457,8 @@ def _product(u: Tensor, w: Tensor) -> Tensor:
     if u.shape[1] == 1:  # torch 2.14's _int_mm errs here
         return u.to(torch.int32) * w.to(torch.int32)
     return torch._int_mm(u, w)
+
+
+def _sums(u: Tensor) -> Tensor:
+    """Sums of the rows of uint8 ``(M, K)`` as int32 ``(M, 1)``: `_int_mm` adds them up many times faster than `sum` does."""
+    return _product(u, torch.ones(8, u.shape[1], dtype=torch.int8).t())[:, :1]

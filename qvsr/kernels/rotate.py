@@ -32,6 +32,7 @@ def rotate(x: Tensor, matrices: Sequence[Tensor], signs: Tensor | None, left: bo
             return torch.matmul(matrix, x.flatten(2)).view(x.shape)
         return x @ (matrix.T if left else matrix)
     first, second = matrices
+    assert signs is not None, "two factors leave out the signs"
     a, b = first.shape[0], second.shape[0]
     if channels_first:
         batch, maps = x.shape[0], x[0, 0].numel()
@@ -45,14 +46,14 @@ def rotate(x: Tensor, matrices: Sequence[Tensor], signs: Tensor | None, left: bo
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     step = max(1, BLOCK // (a * b)) if x.device.type == "cpu" else max(1, len(rows))
     for start in range(0, len(rows), step):
-        out[start : start + step] = _rows(rows[start : start + step], first, second, signs, left)
+        _rows(rows[start : start + step], first, second, signs, left, out[start : start + step])
     return out.view(x.shape)
 
 
-def _rows(x: Tensor, first: Tensor, second: Tensor, signs: Tensor, left: bool) -> Tensor:
+def _rows(x: Tensor, first: Tensor, second: Tensor, signs: Tensor, left: bool, out: Tensor | None = None) -> Tensor:
     """Rows ``(M, a·b)`` times R, or times its transpose."""
     a, b = first.shape[0], second.shape[0]
     if left:
-        y = torch.matmul(first, (x.reshape(-1, b) @ second.T).view(-1, a, b)).view(x.shape)
-        return y * signs
-    return torch.matmul(first.T, ((x * signs).view(-1, b) @ second).view(-1, a, b)).view(x.shape)
+        return torch.mul(torch.matmul(first, (x.reshape(-1, b) @ second.T).view(-1, a, b)).view(x.shape), signs, out=out)
+    y = ((x * signs).view(-1, b) @ second).view(-1, a, b)
+    return torch.matmul(first.T, y, out=None if out is None else out.view(-1, a, b)).view(x.shape)

@@ -345,8 +345,10 @@ class QuantLayer(nn.Module):
         self.check_execution(execution)
         if execution == "packed" and self.weight_q is not None:
             self.weight_packed, self.weight_q = pack_weight(self.weight_q, self.weight_bits, self.parts), None
-            # the operators take them as they are; a view of a larger tensor would keep all of it in memory
             self.weight_scale, self.weight_zero_point = self.weight_scale.contiguous(), self.weight_zero_point.contiguous()
+            for parameter in (self.up, self.down):
+                if parameter is not None:  # the strides that a file gives, even of an axis of size 1: they choose the product's routine
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         elif execution == "simulated" and self.weight_packed is not None:
             self.weight_q, self.weight_packed = self.integers(), None
         self._cache = self._grid = self._rotated_weight = None

@@ -18,7 +18,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-
 FAST = 256  # below this size a dense product is as fast as two thin ones
 
 
