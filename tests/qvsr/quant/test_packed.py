@@ -240,3 +240,22 @@ def mini(bits: int) -> tuple[nn.Module, tuple]:
 def decibels(found: Tensor, expected: Tensor) -> float:
     """PSNR; the peak is the range of what is expected."""
     return float(-10 * torch.log10((found - expected).pow(2).mean() / (expected.max() - expected.min()) ** 2))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv3d"])
+def test_one_and_two_threads_give_the_same_bytes(name: str, positions: str) -> None:
+    """With rotation and branch, which are products in float32; here they do not depend on the threads either."""
+    module, x = module_and_input(name)
+    x = torch.cat([x] * 40, -1) if not isinstance(module, nn.Linear) else torch.cat([x] * 40, 0)
+    layer = QuantLayer.from_float(module, LayerPlan(8, 8, halves(24), rotate=True, rank=3), name)
+    layer.freeze()
+    layer.set_execution("packed")
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            outputs.append(layer(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outputs)
