@@ -1,1 +1,1 @@
-"""Integers in memory: packed layouts, and later the operators that compute on them."""
+"""Integers in memory: packed layouts, and the operators that compute on them."""

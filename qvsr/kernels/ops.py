@@ -7,6 +7,10 @@ layer from there on: ``sum over parts of scale * weight_scale * (integer sum) + 
 On a CPU :mod:`qvsr.kernels.cpu` computes with the integer instructions that there are, or says why it cannot, and then
 :mod:`qvsr.kernels.reference` does. The result is the same up to the float32 rounding of the last step.
 
+Floating point enters in five places: the rotation, the range and the division by its scale (float32, the very operations of simulated
+execution), the products of the branch, and the scaling of each part's sum. Integer sums do not depend on the number of threads; the rotation
+and the branch are products of a library, whose order of additions could.
+
     SCHEMAS:
     quantize_activation(x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point)
         x           float32, contiguous: (..., K), or (B, K, ...) with channels_first; the part is its channels start to stop.
