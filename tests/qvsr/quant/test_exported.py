@@ -106,7 +106,14 @@ def test_the_full_size_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [torch.zeros(3), torch.tensor([1e-45, -3e38, float("inf"), -0.0, 1.0]), torch.randn(7, 5, 3), torch.zeros(0, 4)], ids=str
+    "values",
+    [
+        torch.zeros(3),
+        torch.tensor([1e-45, -3e38, float("inf"), -0.0, 1.0]),
+        torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(0, 4),
+    ],
+    ids=["zeros", "extremes", "normal", "empty"],
 )
 def test_squeezing_loses_nothing(values: Tensor) -> None:
     again = exported.unsqueeze(exported.squeeze(values), tuple(values.shape))
