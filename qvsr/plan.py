@@ -460,22 +460,26 @@ class Plan:
 
         return bool(archives_of(self.config, dataset)) and not is_built(self.config.datasets[dataset])
 
-    def built(self, dataset: str) -> str:
-        """The file that says that a set was built, with a digest of the clips that the settings ask for."""
+    def asked(self, dataset: str) -> str:
+        """Digest of the clips that the settings ask for."""
         settings = self.config.datasets[dataset]
-        return str(self.output / "datasets" / f"{dataset}-{_digest([settings.limit, *settings.clips])}")
+        return _digest([settings.limit, *settings.clips])
+
+    def built(self, dataset: str) -> str:
+        """The file that says that a set was built, with these clips."""
+        return str(self.output / "datasets" / f"{dataset}-{self.asked(dataset)}")
 
     def check_results(self, dataset: str) -> None:
         """Refuse to build a set while results of it with fewer clips are here: Snakemake would take them as they are.
 
         Raises:
-            ConfigError: there are; says what to do.
+            SystemExit: there are; one line that says what to do, without Snakemake's traceback.
         """
         places = [self.output / "measured" / dataset] + [self.output / "calibration"] * (dataset == self.config.calibration.dataset)
         for place in places:
             if place.exists():
-                raise ConfigError(
-                    f"datasets.{dataset}: the settings ask for more clips than were built, and {place} is of those: "
+                raise SystemExit(
+                    f"error: datasets.{dataset}: the settings ask for more clips than were built, and {place} is of those: "
                     "build the set first, with the same settings and `datasets` in place of the targets, then give this command again"
                 )
 
@@ -499,6 +503,7 @@ class Plan:
         from qvsr.data.datasets import clip_names
 
         if self.unbuilt(dataset):
+            self.check_results(dataset)
             self.wait_for(dataset)
         return clip_names(self.config, dataset)
 

@@ -403,6 +403,6 @@ def test_a_set_is_not_built_under_results_of_fewer_clips(tmp_path):
     assert run.built("spmcs") != paper_set(tmp_path).built("spmcs")
     (run.output / "measured" / "spmcs").mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match="datasets.spmcs: the settings ask for more clips than were built, and .*measured/spmcs is of those"
+        SystemExit, match="error: datasets.spmcs: the settings ask for more clips than were built, and .*measured/spmcs is of those"
     ):
         run.check_results("spmcs")

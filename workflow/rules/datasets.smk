@@ -1,16 +1,7 @@
 # Builds the paper's data sets from the archives that their settings name. A set that is there whole is taken as it is, and its archives may be
 # deleted. Names of clips are in the archives: a run lists the clips of a set once it is built.
 
-
-def build_first(dataset):
-    try:
-        plan.check_results(dataset)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    checkpoints.dataset.get(dataset=dataset, asked=plan.built(dataset).rpartition("-")[2])
-
-
-plan.wait_for = build_first
+plan.wait_for = lambda dataset: checkpoints.dataset.get(dataset=dataset, asked=plan.asked(dataset))
 
 
 rule datasets:
