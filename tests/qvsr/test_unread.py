@@ -119,7 +119,11 @@ def test_the_settings_that_a_run_keeps_are_taken_as_they_are(tmp_path: Path) -> 
 
 def test_the_committed_configurations_set_nothing_in_vain() -> None:
     for path in sorted(set((plan.ROOT / "config").glob("*.yaml")) - {plan.ROOT / "config" / "assets.yaml"}):  # that is a list of files
-        assert plan.resolve([path], {}) == load(path)
+        written = load(path)
+        if str(written.backbone.flow_weights) == "raft-things":  # an asset's name, of which a run knows the place
+            placed = written.backbone.model_copy(update={"flow_weights": Path("resources/assets/raft-things.pth")})
+            written = written.model_copy(update={"backbone": placed})
+        assert plan.resolve([path], {}) == written
 
 
 def test_every_mark_names_settings_of_its_class() -> None:
