@@ -19,7 +19,7 @@ from qvsr.provenance import ROOT
 from qvsr.quant import apply, checkpoint, exported
 from qvsr.quant.cost import planned_facts
 from qvsr.quant.exported import ModelError
-from qvsr.quant.layer import EXECUTIONS, QuantError
+from qvsr.quant.layer import QuantError
 from tests.exporting import configured, quantized
 from tests.workflow import tiny
 
@@ -189,7 +189,6 @@ def test_loading_imports_nothing_that_quantizes(tmp_path: Path) -> None:
     assert not [name for name in loaded if name.startswith(quantizing)]
 
 
-@pytest.mark.skipif("packed" not in EXECUTIONS, reason="this version has no packed execution: simulated keeps an integer in a byte")
 def test_packed_memory_is_that_of_the_file(tmp_path: Path) -> None:
     """A U-Net of 68 million parameters, so that the process itself does not hide what the weights take.
 
