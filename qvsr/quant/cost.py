@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a U-Net, full precision or quantized, counted on a real forward pass.
+"""Parameters and multiply-accumulates of a U-Net, full precision or quantized, counted for one forward pass.
 
 Two countings stand side by side.
 
