@@ -19,20 +19,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import product
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qvsr.kernels import reference
-from qvsr.kernels.packing import unpack_weight
-from qvsr.kernels.reference import output_shape, spread
+from qvsr.kernels import native, reference
+from qvsr.kernels.finish import BLOCK, begin, blocks, column, finish, of_outputs
+from qvsr.kernels.native import Sums
+from qvsr.kernels.packing import unpack_rows, unpack_weight
+from qvsr.kernels.reference import CONVOLUTIONS, output_shape
 
 KEPT_BELOW = 2**18  # weights of a layer whose layout for oneDNN is kept whatever it is used for
-POSITIONS_PER_INPUT = 0.5  # from here on a layer has many positions: kept weights are few beside its activations
+POSITIONS_PER_INPUT = 0.25  # from here on a layer has many positions: kept weights are few beside its activations
 FRAMES = 16  # ranges of their own up to here are calls of their own
-BLOCK = 2**21  # sums of _int_mm at a time: 8 MB, which a cache holds
 ROWS = 8192
 LARGEST = 2**31 - 1
 
@@ -58,10 +58,10 @@ def missing() -> str | None:
 
 def _saturation() -> str | None:
     """Compare the largest product of 64 inputs with what it must be, for all that is used."""
-    q, w, one = torch.full((16, 64), 255, dtype=torch.uint8), torch.full((16, 64), -128, dtype=torch.int8), torch.ones(16)
-    linear = _linear(q, one[0], one[0] * 0, torch.ops.onednn.qlinear_prepack(w, [16, 64]), one, None, None)
-    window = _conv_weight(w.view(16, 1, 64), (1, 1), (16, 4, 4, 64), _How((1, 1), (1, 1), (0, 0), (1, 1)))
-    conv = _conv(q.view(1, 4, 4, 64), one[0], one[0] * 0, window, one, None, _How((1, 1), (1, 1), (0, 0), (1, 1)))
+    q, w = torch.full((16, 64), 255, dtype=torch.uint8), torch.full((16, 64), -128, dtype=torch.int8)
+    linear = _linear(q, 0, torch.ops.onednn.qlinear_prepack(w, [16, 64]), 16)
+    how = _How((1, 1), (1, 1), (0, 0), (1, 1))
+    conv = _conv(q.view(1, 4, 4, 64), 0, _conv_weight(w, how, (1, 4, 4, 64)), 16, how)
     for name, result in (("_int_mm", torch._int_mm(q, w.t())), ("qlinear_pointwise", linear), ("qconv_pointwise", conv)):
         if not bool((result == 255 * -128 * 64).all()):
             return f"{name} of this CPU loses large products"
@@ -89,8 +89,10 @@ class _Weight:
         centre: c, int8 or uint8 bits of what is subtracted from the integers; rest: r = c - zero_point.
         total: sum of w - c over a row.
         centred: of each part, whether c is the zero point everywhere; steps: `weight_scale` by part.
+        largest: absolute value of `total`, of each part.
         limit: no sum of products exceeds it times the largest ``|q - zero_point|``.
-        layouts: the parts in oneDNN's layout, once they were needed; ones: a part each, for sums of inputs.
+        sizes: values of each part in a row.
+        layouts: the parts in oneDNN's layout, once they were needed.
     """
 
     zero_point: Tensor
@@ -98,12 +100,13 @@ class _Weight:
     centre: Tensor
     rest: Tensor
     total: Tensor
+    largest: list[float]
     limit: int
     centred: list[bool]
+    sizes: list[int]
     scale: Tensor | None = None
     steps: list[Tensor] = field(default_factory=list)
     layouts: list[Tensor] = field(default_factory=list)
-    ones: list[Tensor] = field(default_factory=list)
 
     def steps_of(self, weight_scale: Tensor) -> list[Tensor]:
         """The scales ``(N, P)`` by part, each contiguous."""
@@ -111,9 +114,12 @@ class _Weight:
             self.scale, self.steps = weight_scale, [column.contiguous() for column in weight_scale.unbind(1)]
         return self.steps
 
-    def values(self, integers: Tensor, part: int, start: int, stop: int) -> Tensor:
-        """``w - c`` as int8, of integers uint8 ``(n, taps, channels)``; bytes wrap around, and the difference fits."""
-        return integers.view(torch.int8) - self.centre[part, start:stop, None, None]
+    def values(self, weight: Tensor, bits: int, part: int, start: int, stop: int) -> Tensor:
+        """``w - c`` of some output channels of a packed weight, int8 ``(n, taps * channels)``; bytes wrap around, and the difference fits."""
+        first, count, centre = sum(self.sizes[:part]), self.sizes[part], self.centre[part, start:stop]
+        if native.library() is not None:
+            return native.unpack(weight[start:stop], bits, first, count, centre)
+        return unpack_rows(weight[start:stop], bits, sum(self.sizes))[:, first : first + count].view(torch.int8) - centre[:, None]
 
 
 _weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -144,7 +150,9 @@ def _facts(weight: Tensor, bits: int, zero_point: Tensor, parts: Sequence[int], 
         totals.append(torch.stack(total))
     remainder = torch.cat(rests, 1)
     centred = [not bool(part.any()) for part in remainder]
-    found = _Weight(zero_point, weight._version, torch.cat(centres, 1), remainder, torch.cat(totals, 1), limit, centred)
+    sums, sizes = torch.cat(totals, 1), [size * math.prod(kernel) for size in parts]
+    largest = sums.abs().amax(1).tolist()
+    found = _Weight(zero_point, weight._version, torch.cat(centres, 1), remainder, sums, largest, limit, centred, sizes)
     _weights[weight] = found
     return found
 
@@ -155,7 +163,7 @@ def kept_bytes(weight: Tensor) -> int:
     if found is None:
         return 0
     small = sum(values.numel() * values.element_size() for values in (found.centre, found.rest, found.total))
-    return small + sum(layout.numel() for layout in (*found.layouts, *found.ones))
+    return small + sum(layout.numel() for layout in found.layouts)
 
 
 def forget(weight: Tensor) -> None:
@@ -186,29 +194,24 @@ def matmul_packed(
     facts = _facts(weight, weight_bits, weight_zero_point, channels, ())
     if _beyond(facts, zero_point):
         return reference.matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up)
-    rows, steps = [part.reshape(positions, -1) for part in q], facts.steps_of(weight_scale)
-    branch = None if thin is None else thin.reshape(positions, -1)
-    if _uses_onednn(count, sum(channels), positions, scale):
+    rows = [part.reshape(positions, -1) for part in q]
+    y, add = begin(positions, thin, up, bias, weight_scale)
+    if _exact_in_onednn(facts, zero_point) and _uses_onednn(count, sum(channels), positions, scale):
         if not facts.layouts:
-            for part, integers in enumerate(unpack_weight(weight, weight_bits, channels)):
-                values = facts.values(integers, part, 0, count)[:, 0]
-                facts.layouts.append(torch.ops.onednn.qlinear_prepack(values.contiguous(), [positions, channels[part]]))
-        sums = [
-            (_sums(u) - int(z) * u.shape[1]).float() * s if not facts.centred[part] else None
-            for part, (u, s, z) in enumerate(zip(rows, scale, zero_point, strict=True))
-        ]
-        y = _start(branch, up, sums, facts, weight_scale, bias)
-        for part, u in enumerate(rows):
-            own = bias if y is None else None
-            y = _linear(u, scale[part], zero_point[part], facts.layouts[part], steps[part], own, y)
+            for part in range(len(q)):
+                values = facts.values(weight, weight_bits, part, 0, count)
+                facts.layouts.append(torch.ops.onednn.qlinear_prepack(values, [positions, channels[part]]))
+        zeros = [int(z) for z in zero_point]
+        inputs = [_inputs(facts, part, u, zeros[part]) for part, u in enumerate(rows)]
+        for m in blocks(positions, count):
+            sums = []
+            for part, (u, step) in enumerate(zip(rows, facts.steps_of(weight_scale), strict=True)):
+                total = _linear(u[m], zeros[part], facts.layouts[part], count)
+                sums.append(Sums(total, step, scale[part], **_rest(facts, inputs, part, m)))
+            finish(y[m], add, bias, sums)
     else:
-        y = _start(branch, up, [], facts, weight_scale, bias)
-        ranges = [
-            [values[part] if values[part].dim() == 0 else spread(values[part], outside).reshape(-1, 1) for values in (scale, zero_point)]
-            for part in range(len(q))
-        ]
-        y = _blocks(rows, ranges, weight, weight_bits, (), facts, weight_scale, bias, y)
-    assert y is not None
+        ranges = [[column(values, outside) for values in pair] for pair in zip(scale, zero_point, strict=True)]
+        _blocks(rows, ranges, weight, weight_bits, facts, weight_scale, bias, y, add)
     return y.view(*outside, count)
 
 
@@ -231,64 +234,47 @@ def conv_packed(
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     frames, count, channels = q[0].shape[0], len(weight), [part.shape[-1] for part in q]
     shape = output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation)
-    positions = frames * math.prod(shape)
-    if not positions:
+    positions = math.prod(shape)
+    if not frames * positions:
         return weight_scale.new_empty(frames, *shape, count)
     facts = _facts(weight, weight_bits, weight_zero_point, channels, kernel)
     padded = any(padding)
     by_pixel = any(values.dim() > 1 for values in scale)
     # a zero that is padded is the zero point among the integers, if it is one of them
     inside = not padded or all(bool(((z >= 0) & (z <= 255)).all()) for z in zero_point)
-    many_frames = frames > FRAMES and any(values.dim() for values in scale)
-    if _beyond(facts, zero_point) or (by_pixel and padded) or (not inside and many_frames):
+    exact = _exact_in_onednn(facts, zero_point)
+    by_frame = any(values.dim() for values in scale)
+    many_frames = by_frame and frames > FRAMES
+    if _beyond(facts, zero_point) or (by_pixel and padded) or (not inside and (many_frames or not exact)):
         return reference.conv_packed(
             q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, kernel, stride, padding, dilation, bias, thin, up
         )
     how = _How(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    branch = None if thin is None else thin.reshape(positions, -1)
-    taps, steps = math.prod(kernel), facts.steps_of(weight_scale)
-    if not by_pixel and not many_frames and (not inside or _uses_onednn(count, sum(channels) * taps, positions, [])):
+    y, add = begin(frames * positions, thin, up, bias, weight_scale)
+    keeps = exact and _uses_onednn(count, sum(channels) * math.prod(kernel), frames * positions, [])
+    if not by_pixel and not many_frames and (not inside or keeps):
+        each = list(blocks(frames, count * positions if not by_frame else BLOCK))  # a frame at a time where each has its own zero point
         layouts = facts.layouts
         if not layouts:
-            for part, integers in enumerate(unpack_weight(weight, weight_bits, channels, kernel)):
-                layouts.append(_conv_weight(facts.values(integers, part, 0, count), how.kernel, q[part].shape, how))
-            if _uses_onednn(count, sum(channels) * taps, positions, []):
+            for part, u in enumerate(q):
+                values = facts.values(weight, weight_bits, part, 0, count)
+                layouts.append(_conv_weight(values, how, u[each[0]].shape))
+            if keeps:
                 facts.layouts = layouts
-        sums: list[Tensor | None] = []
-        for part, u in enumerate(q):
-            if facts.centred[part]:
-                sums.append(None)
-                continue
-            if len(facts.ones) <= part:
-                facts.ones = [
-                    _conv_weight(torch.ones(1, taps, size, dtype=torch.int8), how.kernel, (*q[0].shape[:-1], size), how)
-                    for size in channels
-                ]
-            sums.append(
-                _conv(u, scale[part], zero_point[part], facts.ones[part], u.new_ones(1, dtype=torch.float32), None, how).reshape(-1, 1)
-            )
-        y = _start(branch, up, sums, facts, weight_scale, bias)
-        for part, u in enumerate(q):
-            own = bias if y is None else None
-            call = (layouts[part], steps[part], own, how)
-            if y is None:
-                y = _conv(u, scale[part], zero_point[part], *call).view(positions, count)
-                continue
-            # a frame at a time: memory of more than some megabytes is given back to the system and costs more to get than to fill
-            step = frames if positions * count <= BLOCK else 1
-            maps = y.view(frames, -1, count)
-            for frame in range(0, frames, step):
-                some = slice(frame, frame + step)
-                s, z = (values[some] if values.dim() else values for values in (scale[part], zero_point[part]))
-                maps[some].add_(_conv(u[some], s, z, *call).view(-1, positions // frames, count))
+        for m in each:
+            rows = slice(m.start * positions, m.stop * positions)
+            sums = []
+            for part, (u, step) in enumerate(zip(q, facts.steps_of(weight_scale), strict=True)):
+                s, z = (values[m.start] if values.dim() else values for values in (scale[part], zero_point[part]))
+                zero = int(z)
+                total = _conv(u[m], zero, layouts[part], count, how).reshape(-1, count)
+                rest = {} if facts.centred[part] else {"rest": facts.rest[part], "inputs": _window_inputs(u[m], zero, how)}
+                sums.append(Sums(total, step, s, **rest))
+            finish(y[rows], add, bias, sums)
     else:
-        y = _start(branch, up, [], facts, weight_scale, bias)
-        ranges, rows = [], []
-        for part, u in enumerate(q):
-            rows.append(_windows(u, zero_point[part], how, shape).view(positions, -1))
-            ranges.append([_of_positions(values[part], how, (frames, *shape)) for values in (scale, zero_point)])
-        y = _blocks(rows, ranges, weight, weight_bits, how.kernel, facts, weight_scale, bias, y)
-    assert y is not None
+        windows = [_windows(u, zero_point[part], how, shape).view(frames * positions, -1) for part, u in enumerate(q)]
+        ranges = [[of_outputs(values[part], (frames, *shape), stride, padding) for values in (scale, zero_point)] for part in range(len(q))]
+        _blocks(windows, ranges, weight, weight_bits, facts, weight_scale, bias, y, add)
     return y.view(frames, *shape, count)
 
 
@@ -298,80 +284,72 @@ def _uses_onednn(count: int, inputs: int, positions: int, scale: Sequence[Tensor
     return count * inputs <= KEPT_BELOW or positions >= POSITIONS_PER_INPUT * inputs
 
 
+def _exact_in_onednn(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
+    """Whether its sums are whole numbers that float32 holds: it adds up ``q (w - c)`` in 32 bits, and takes the zero point's share off in float32."""
+    return all(float(z.abs().max()) * largest < 2**23 for z, largest in zip(zero_point, facts.largest, strict=True))
+
+
 def _beyond(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
     """Whether a sum could exceed 32 bits: a range far away from 0 has a large zero point."""
     farthest = max(float(z.abs().max()) for z in zero_point)
     return not (255 + farthest) * facts.limit <= LARGEST  # a NaN is beyond, too
 
 
-def _start(
-    branch: Tensor | None, up: Tensor | None, sums: Sequence[Tensor | None], facts: _Weight, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor | None:
-    """The branch, what centred weights leave over and the bias ``(M, N)`` in one product; None where there is neither of the first two."""
-    columns, rows = ([branch], [up]) if branch is not None and up is not None else ([], [])
-    for part, column in enumerate(sums):
-        if column is not None:
-            columns.append(column)
-            rows.append((facts.rest[part] * weight_scale[:, part])[:, None])
-    if not columns:
-        return None
-    left, right = (tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1) for tensors in (columns, rows))
-    return left @ right.T if bias is None else torch.addmm(bias, left, right.T)
+def _inputs(facts: _Weight, part: int, u: Tensor, zero_point: Tensor | int) -> Tensor | None:
+    """What the rest of the centred weights is multiplied by: the sum of ``q - zero_point`` of each row of uint8 ``(M, K)``; None: no rest."""
+    return None if facts.centred[part] else (_sums(u) - zero_point * u.shape[1]).float()
+
+
+def _rest(facts: _Weight, inputs: Sequence[Tensor | None], part: int, m: slice, n: slice = slice(None)) -> dict[str, Tensor]:
+    """The arguments of :func:`qvsr.kernels.finish.finish` that add the rest."""
+    values = inputs[part]
+    return {} if values is None else {"rest": facts.rest[part, n], "inputs": values[m]}
 
 
 # ---------------------------------------------------------------- oneDNN
 
 
-def _linear(
-    u: Tensor, scale: Tensor, zero_point: Tensor, layout: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor | None
-) -> Tensor:
-    """One part of a linear layer, added to `y` if there is one; y may be overwritten."""
-    head = (u, float(scale), int(zero_point), layout, weight_scale, _none(len(weight_scale)))
-    if y is None:
-        return torch.ops.onednn.qlinear_pointwise(*head, bias, 1.0, 0, torch.float32, "none", [], "")
-    return torch.ops.onednn.qlinear_pointwise.binary(*head, y, bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+def _linear(u: Tensor, zero_point: int, layout: Tensor, count: int) -> Tensor:
+    """One part of a linear layer: whole numbers in float32."""
+    head = (u, 1.0, zero_point, layout, _ones(count), _zeros(count))
+    return torch.ops.onednn.qlinear_pointwise(*head, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 @lru_cache(maxsize=64)
-def _none(count: int) -> Tensor:
+def _zeros(count: int) -> Tensor:
     """Zero points of weights, which oneDNN wants to be 0."""
     return torch.zeros(count, dtype=torch.int32)
 
 
-def _conv_weight(values: Tensor, kernel: tuple[int, ...], shape: Sequence[int], how: _How) -> Tensor:
-    """int8 ``(N, taps, channels)`` in oneDNN's layout; `shape` is that of the input, channels last."""
-    weight = values.view(len(values), *kernel, -1).movedim(-1, 1)
+@lru_cache(maxsize=64)
+def _ones(count: int) -> Tensor:
+    """Scales of weights that leave the sums as they are."""
+    return torch.ones(count)
+
+
+def _conv_weight(values: Tensor, how: _How, shape: Sequence[int]) -> Tensor:
+    """int8 ``(N, taps * channels)`` in oneDNN's layout; `shape` is that of the input, channels last."""
+    weight = values.view(len(values), *how.kernel, -1).movedim(-1, 1)
     size = [shape[0], shape[-1], *shape[1:-1]]
-    if len(kernel) == 1:
+    if len(how.kernel) == 1:
         weight, size = weight.unsqueeze(2), [*size[:2], 1, size[2]]
     # any scale and zero point but 0: it only says that there will be one
-    return torch.ops.onednn.qconv_prepack(weight, torch.ones(len(values)), 1.0, 1, *_two(how), 1, size)
+    return torch.ops.onednn.qconv_prepack(weight, _ones(len(values)), 1.0, 1, *_two(how), 1, size)
 
 
-def _conv(u: Tensor, scale: Tensor, zero_point: Tensor, layout: Tensor, weight_scale: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-    """One part of a convolution ``(B, ..., N)``: with ranges by frame a call a frame."""
-    if scale.dim():
-        frames = zip(u.split(1), scale, zero_point, strict=True)
-        return torch.cat([_conv(frame, s, z, layout, weight_scale, bias, how) for frame, s, z in frames])
+def _conv(u: Tensor, zero_point: int, layout: Tensor, count: int, how: _How) -> Tensor:
+    """One part of a convolution ``(B, ..., N)``: whole numbers in float32."""
     maps = u.unsqueeze(1) if len(how.kernel) == 1 else u
-    y = torch.ops.onednn.qconv_pointwise(
-        maps.movedim(-1, 1),
-        float(scale),
-        int(zero_point),
-        layout,
-        weight_scale,
-        _none(len(weight_scale)),
-        bias,
-        *_two(how),
-        1,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    ).movedim(1, -1)
-    return (y.squeeze(1) if len(how.kernel) == 1 else y).contiguous()
+    head = (maps.movedim(-1, 1), 1.0, zero_point, layout, _ones(count), _zeros(count))
+    y = torch.ops.onednn.qconv_pointwise(*head, None, *_two(how), 1, 1.0, 0, torch.float32, "none", [], "").movedim(1, -1)
+    return y.squeeze(1) if len(how.kernel) == 1 else y
+
+
+def _window_inputs(u: Tensor, zero_point: int, how: _How) -> Tensor:
+    """Sums of ``q - zero_point`` over what each position of the output sees, ``(M,)``: a convolution of one channel with ones."""
+    maps = (_sums(u.reshape(-1, u.shape[-1])) - zero_point * u.shape[-1]).float().view(u.shape[0], 1, *u.shape[1:-1])
+    window = maps.new_ones(1, 1, *how.kernel)
+    return CONVOLUTIONS[len(how.kernel)](maps, window, None, how.stride, how.padding, how.dilation).flatten()
 
 
 def _two(how: _How) -> tuple[list[int], list[int], list[int]]:
@@ -404,52 +382,33 @@ def _windows(u: Tensor, zero_point: Tensor, how: _How, shape: tuple[int, ...]) -
     return u.as_strided((u.shape[0], *shape, *how.kernel, u.shape[-1]), strides).contiguous()
 
 
-def _of_positions(values: Tensor, how: _How, shape: tuple[int, ...]) -> Tensor:
-    """Scales or zero points as one number, or a column of one a position of the output."""
-    if values.dim() == 0:
-        return values
-    if values.dim() > 1:  # one a pixel, of which a strided kernel of one tap sees some
-        values = values[(slice(None), *(slice(None, None, step) for step in how.stride))]
-    return spread(values, shape).reshape(-1, 1)
-
-
 def _blocks(
     rows: Sequence[Tensor],
     ranges: Sequence[Sequence[Tensor]],
     weight: Tensor,
     bits: int,
-    kernel: Sequence[int],
     facts: _Weight,
     weight_scale: Tensor,
     bias: Tensor | None,
-    y: Tensor | None,
-) -> Tensor:
-    """All parts ``(M, taps · channels)`` times the weight, a block of rows and output channels at a time, added to `y` if there is one."""
-    positions, count, taps = len(rows[0]), len(weight), math.prod(kernel)
-    channels = [part.shape[1] // taps for part in rows]
-    out = rows[0].new_empty(positions, count, dtype=torch.float32) if y is None else y
-    sums = [_sums(u) if not facts.centred[part] else None for part, u in enumerate(rows)]
+    y: Tensor,
+    add: bool,
+) -> None:
+    """All parts ``(M, taps * channels)`` times the weight into `y`, a block of rows and output channels at a time."""
+    positions, count = y.shape
     zeros = [zero_point.to(torch.int32) for _, zero_point in ranges]
+    inputs = [_inputs(facts, part, u, zeros[part]) for part, u in enumerate(rows)]
     high = min(ROWS, positions)
-    wide = max(64, BLOCK // high // 64 * 64)
+    wide = max(64, 2 * BLOCK // high // 64 * 64)
     for first in range(0, count, wide):
         n = slice(first, min(first + wide, count))
-        integers = unpack_weight(weight[n], bits, channels, kernel)
-        columns = [facts.values(part, index, n.start, n.stop).flatten(1).t() for index, part in enumerate(integers)]
-        for begin, part in product(range(0, positions, high), range(len(rows))):
-            m = slice(begin, begin + high)
-            scale, zero = (values[m] if values.dim() else values for values in (ranges[part][0], zeros[part]))
-            total = _product(rows[part][m], columns[part])
-            total.sub_(zero * facts.total[part, n])
-            if (inputs := sums[part]) is not None:
-                total.add_((inputs[m] - zero * rows[part].shape[1]) * facts.rest[part, n])
-            step = weight_scale[n, part]
-            block = torch.mul(total, step).mul_(scale) if scale.dim() else torch.mul(total, step * scale)
-            if y is None and part == 0:
-                out[m, n] = block if bias is None else block.add_(bias[n])
-            else:
-                out[m, n] += block
-    return out
+        columns = [facts.values(weight, bits, part, n.start, n.stop).t() for part in range(len(rows))]
+        for begins in range(0, positions, high):
+            m, sums = slice(begins, begins + high), []
+            for part, (u, step) in enumerate(zip(rows, facts.steps_of(weight_scale), strict=True)):
+                scale, zero = (values[m] if values.dim() else values for values in (ranges[part][0], zeros[part]))
+                total = _product(u[m], columns[part])
+                sums.append(Sums(total, step[n], scale, zero, facts.total[part, n], **_rest(facts, inputs, part, m, n)))
+            finish(y[m, n], add, None if bias is None else bias[n], sums)
 
 
 def _product(u: Tensor, w: Tensor) -> Tensor:
@@ -460,5 +419,5 @@ def _product(u: Tensor, w: Tensor) -> Tensor:
 
 
 def _sums(u: Tensor) -> Tensor:
-    """Sums of the rows of uint8 ``(M, K)`` as int32 ``(M, 1)``: `_int_mm` adds them up many times faster than `sum` does."""
-    return _product(u, torch.ones(8, u.shape[1], dtype=torch.int8).t())[:, :1]
+    """Sums of the rows of uint8 ``(M, K)`` as int32 ``(M,)``: `_int_mm` adds them up many times faster than `sum` does."""
+    return _product(u, torch.ones(8, u.shape[1], dtype=torch.int8).t())[:, 0]

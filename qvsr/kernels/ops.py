@@ -4,18 +4,18 @@
 layer from there on: ``sum over parts of scale * weight_scale * (integer sum) + low-rank branch + bias``. The sums are those of
 ``(q - zero_point) (w - weight_zero_point)`` over what the kernel sees, exact in integers; a padded zero adds nothing.
 
-On a CPU :mod:`qvsr.kernels.cpu` computes with the integer instructions that there are, or says why it cannot, and then
-:mod:`qvsr.kernels.reference` does. The result is the same up to the float32 rounding of the last step.
+On a CPU :mod:`qvsr.kernels.native` rounds and :mod:`qvsr.kernels.cpu` multiplies with the integer instructions that there are, or they say
+why they cannot, and then :mod:`qvsr.kernels.reference` does. The result is the same up to the float32 rounding of the last step.
 
-Floating point enters in five places: the rotation, the range and the division by its scale (float32, the very operations of simulated
-execution), the products of the branch, and the scaling of each part's sum. Integer sums do not depend on the number of threads; the rotation
-and the branch are products of a library, whose order of additions could.
+Floating point enters in four places: the rotation and the range, the division by its scale, the products of the branch, and the scaling of
+each part's sum; simulated execution (:mod:`qvsr.kernels.simulated`) shares all of them, and its sums are the same whole numbers. None
+depends on the number of threads but the branch, a product of a library, whose order of additions could.
 
     SCHEMAS:
     quantize_activation(x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point)
         x           float32, contiguous: (..., K), or (B, K, ...) with channels_first; the part is its channels start to stop.
         rotation, signs, left
-                    of qvsr.kernels.rotate.rotate; an empty list: not rotated.
+                    matrices, signs and left of qvsr.kernels.rotate.rotate; an empty list: not rotated.
         granularity tensor, frame (a row of axis 0) or token: what shares one range.
         clip        (), narrows the range; symmetric, floor: as in qvsr.quant.affine.
         scale, zero_point
@@ -40,7 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvsr.kernels import cpu, reference
+from qvsr.kernels import cpu, native, reference
+from qvsr.kernels.rotate import rotate
 
 GRANULARITIES = ("tensor", "frame", "token")
 SCHEMAS = {
@@ -80,7 +81,38 @@ def _quantize_activation(x: Tensor, start: int, stop: int, channels_first: bool,
         raise OperatorError(
             f"quantize_activation: x {tuple(x.shape)} is empty and so has no range; a layer returns its empty output itself"
         )
-    return reference.quantize_activation(x, start, stop, channels_first, *rest)
+    if bits > 8 or not x.numel() or native.library() is None:
+        return reference.quantize_activation(x, start, stop, channels_first, *rest)
+    return _native_quantize_activation(x, start, stop, channels_first, *rest)
+
+
+def _native_quantize_activation(
+    x: Tensor,
+    start: int,
+    stop: int,
+    channels_first: bool,
+    left: bool,
+    rotation: Sequence[Tensor],
+    signs: Tensor | None,
+    bits: int,
+    granularity: str,
+    symmetric: bool,
+    floor: float,
+    clip: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not native.quantizes(rotation, signs):
+        piece = x.narrow(1 if channels_first else -1, start, stop - start)
+        x, start, stop, rotation = rotate(piece, rotation, signs, left, channels_first), 0, stop - start, []
+    part = native.Activation(x, start, stop, channels_first, left, rotation, signs, granularity)
+    if scale is None or zero_point is None:
+        scale, zero_point = reference.grid(*part.range(), bits, symmetric, floor, clip)
+        return part.integers(scale, zero_point, bits)[0], scale, zero_point
+    q, has_nan = part.integers(scale, zero_point, bits)
+    if has_nan:
+        raise ValueError(reference.NAN)
+    return q, scale.clone(), zero_point.clone()
 
 
 @torch.library.impl("qvsr::matmul_packed", "CPU")

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvsr.kernels.finish import begin, column, finish, of_outputs, spread
+from qvsr.kernels.native import Sums
 from qvsr.kernels.packing import unpack_weight
 from qvsr.kernels.rotate import rotate
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+NAN = "quantize_activation: x has NaN, which no integer stands for"
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def quantize_activation(
@@ -42,10 +45,15 @@ def quantize_activation(
         piece = rotate(piece, rotation, signs, left, channels_first)
     shape: tuple[int, ...] = ()
     if scale is None or zero_point is None:
-        scale, zero_point = _grid(piece, axis, bits, granularity, symmetric, floor, clip)
+        if granularity == "tensor":
+            low, high = torch.aminmax(piece)
+        else:
+            axes = (axis,) if granularity == "token" else tuple(range(1, piece.dim()))
+            low, high = piece.amin(axes, keepdim=True), piece.amax(axes, keepdim=True)
+        scale, zero_point = grid(low, high, bits, symmetric, floor, clip)
         shape = {"tensor": (), "frame": tuple(x.shape[:1]), "token": tuple(x.movedim(axis, -1).shape[:-1])}[granularity]
     elif piece.numel() and bool(torch.stack(torch.aminmax(piece)).isnan().any()):
-        raise ValueError("quantize_activation: x has NaN, which no integer stands for")
+        raise ValueError(NAN)
     top = 2**bits - 1
     q = (piece.div_(scale) if rotation else piece.div(scale)).round_()
     if zero_point.numel() == 1:
@@ -57,15 +65,8 @@ def quantize_activation(
     return (q.movedim(1, -1) if channels_first else q).contiguous(), scale.reshape(shape).clone(), zero_point.reshape(shape).clone()
 
 
-def _grid(
-    piece: Tensor, axis: int, bits: int, granularity: str, symmetric: bool, floor: float, clip: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the range of `piece`; the formulas of :mod:`qvsr.quant.affine`, to which a test holds them."""
-    if granularity == "tensor":
-        low, high = torch.aminmax(piece)
-    else:
-        axes = (axis,) if granularity == "token" else tuple(range(1, piece.dim()))
-        low, high = piece.amin(axes, keepdim=True), piece.amax(axes, keepdim=True)
+def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, floor: float, clip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges; the formulas of :mod:`qvsr.quant.affine`, to which a test holds them."""
     if clip is not None:
         low, high = low * clip, high * clip
     top = 2**bits - 1
@@ -90,14 +91,14 @@ def matmul_packed(
     up: Tensor | None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
-    rows = [part.unsqueeze(0).flatten(0, -2) for part in q]
+    rows, outside = [part.unsqueeze(0).flatten(0, -2) for part in q], q[0].shape[:-1]
     pieces = [part[:, 0] for part in unpack_weight(weight, weight_bits, [part.shape[-1] for part in q])]
-    y = torch.zeros(rows[0].shape[0], len(weight), dtype=torch.float64, device=weight.device)
+    y, add = begin(len(rows[0]), thin, up, bias, weight_scale)
     for index, (u, w) in enumerate(zip(rows, pieces, strict=True)):
-        s, z = (spread(values[index], q[index].shape[:-1]).reshape(-1, 1).double() for values in (scale, zero_point))
-        total = (u.double() - z) @ (w.double() - weight_zero_point[:, index, None].double()).T
-        y += total * s * weight_scale[:, index].double()
-    return _finish(y, bias, thin, up).view(*q[0].shape[:-1], -1)
+        s, z = (column(values[index], outside) for values in (scale, zero_point))
+        total = (u.double() - z.double().unsqueeze(-1)) @ (w.double() - weight_zero_point[:, index, None].double()).T
+        finish(y, add or index > 0, bias, [Sums(total.float(), weight_scale[:, index].contiguous(), s)])
+    return y.view(*outside, len(weight))
 
 
 def conv_packed(
@@ -117,26 +118,18 @@ def conv_packed(
     up: Tensor | None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
-    shape = output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation)
-    y = torch.zeros(q[0].shape[0], *shape, len(weight), dtype=torch.float64, device=weight.device)
+    count, shape = len(weight), (q[0].shape[0], *output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation))
     channels = [part.shape[-1] for part in q]
+    y, add = begin(math.prod(shape), thin, up, bias, weight_scale)
     for index, w in enumerate(unpack_weight(weight, weight_bits, channels, kernel)):
         w = w.double() - weight_zero_point[:, index, None, None].double()
-        w = w.transpose(1, 2).reshape(len(weight), channels[index], *kernel)
-        s, z = (spread(values[index], q[index].shape[:-1]).double() for values in (scale, zero_point))
+        w = w.transpose(1, 2).reshape(count, channels[index], *kernel)
+        z = spread(zero_point[index], q[index].shape[:-1]).double()
         u = (q[index].double() - z[..., None]).movedim(-1, 1)  # the zeros that are padded are zeros, whatever the zero point
-        if scale[index].dim() > 1:  # a scale a pixel, which the kernel's only tap sees alone
-            total = _CONV[len(kernel)](u * s[:, None], w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
-        else:
-            total = _CONV[len(kernel)](u, w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
-            total = total * scale[index].double().view(-1, *(1,) * (total.dim() - 1))
-        y += total * weight_scale[:, index].double()
-    return _finish(y.view(-1, len(weight)), bias, thin, up).view(y.shape)
-
-
-def spread(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Values of the leading axes of `shape` over all of it: one for all, one a frame, or one a token."""
-    return values.view(*values.shape, *(1,) * (len(shape) - values.dim())).expand(tuple(shape))
+        total = CONVOLUTIONS[len(kernel)](u, w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
+        own, scales = weight_scale[:, index].contiguous(), of_outputs(scale[index], shape, stride, padding)
+        finish(y, add or index > 0, bias, [Sums(total.reshape(-1, count).float(), own, scales)])
+    return y.view(*shape, count)
 
 
 def output_shape(
@@ -144,9 +137,3 @@ def output_shape(
 ) -> tuple[int, ...]:
     """Positions of a convolution's output along each axis."""
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True))
-
-
-def _finish(y: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None) -> Tensor:
-    if thin is not None and up is not None:
-        y = y + thin.reshape(math.prod(thin.shape[:-1]), -1).double() @ up.double().T
-    return (y if bias is None else y + bias.double()).float()

@@ -1,17 +1,20 @@
 """Rotations of channels: one dense product, or two thin ones where the matrix is a Kronecker product.
 
 A Hadamard matrix ``A (x) B`` of size a·b takes a + b multiplications a value instead of a·b. At size 640 that is 5 to 10 times as fast on a
-CPU, at 160 no faster: the products become too thin (measured, one thread). Both executions of a layer rotate with this function, so what
-they round is the same to the last bit.
+CPU, at 160 no faster: the products become too thin (measured, one thread). Layers that are open for a method rotate with this function, and
+frozen ones where there is no faster one (:mod:`qvsr.kernels.native`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+FAST = 256  # channels from which on two thin products are faster than a dense one
 BLOCK = 2**17  # values of a block of tokens: both products of it stay in a core's cache
 
 
@@ -20,19 +23,21 @@ def rotate(x: Tensor, matrices: Sequence[Tensor], signs: Tensor | None, left: bo
 
     Args:
         x: ``(…, n)``, or ``(B, n, …)`` with `channels_first`, of one part.
-        matrices: A and B, whose scaling makes the product orthogonal; or R itself.
-        signs: ``(n,)`` in the type of `x`; None: all 1, or contained in R.
+        matrices: R itself; or, with signs, matrices of +-1 whose Kronecker product over sqrt(n) is A (x) B.
+        signs: ``(n,)`` in the type of `x`; None: contained in R.
         left: as convolutions are rotated; linear layers are rotated from the right, channels last.
     Returns:
         a new tensor, shaped as `x`, contiguous.
     """
+    if signs is not None:
+        matrices = _grouped(tuple(matrices), x.dtype)
     if len(matrices) == 1:
-        (matrix,) = matrices
+        matrix = matrices[0] if signs is None else signs[:, None] * matrices[0]
         if channels_first:
             return torch.matmul(matrix, x.flatten(2)).view(x.shape)
         return x @ (matrix.T if left else matrix)
     first, second = matrices
-    assert signs is not None, "two factors leave out the signs"
+    assert signs is not None, "factors leave out the signs"
     a, b = first.shape[0], second.shape[0]
     if channels_first:
         batch, maps = x.shape[0], x[0, 0].numel()
@@ -48,6 +53,25 @@ def rotate(x: Tensor, matrices: Sequence[Tensor], signs: Tensor | None, left: bo
     for start in range(0, len(rows), step):
         _rows(rows[start : start + step], first, second, signs, left, out[start : start + step])
     return out.view(x.shape)
+
+
+@lru_cache(maxsize=128)
+def _grouped(factors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """One matrix below `FAST` channels, else two of about equal size, orthogonal together."""
+    sizes = [len(factor) for factor in factors]
+    n = math.prod(sizes)
+    cut = 0
+    if n >= FAST and len(factors) > 1:
+        cut = min(range(1, len(factors)), key=lambda cut: math.prod(sizes[:cut]) + math.prod(sizes[cut:]))
+    groups = [factors[:cut], factors[cut:]] if cut else [factors]
+    built = []
+    for group in groups:
+        matrix = group[0].to(dtype)
+        for factor in group[1:]:
+            matrix = torch.kron(matrix, factor.to(dtype))
+        built.append(matrix)
+    built[-1] = built[-1] / math.sqrt(n)
+    return built
 
 
 def _rows(x: Tensor, first: Tensor, second: Tensor, signs: Tensor, left: bool, out: Tensor | None = None) -> Tensor:

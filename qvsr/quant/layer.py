@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvsr.kernels import ops
+from qvsr.kernels import ops, simulated
 from qvsr.kernels.packing import pack_weight, unpack_weight
 from qvsr.kernels.reference import output_shape
 from qvsr.kernels.rotate import rotate
 from qvsr.quant import affine, low_rank
-from qvsr.quant.rotation import can_rotate, factors, hadamard, is_product, random_signs, rotation_from_signs
+from qvsr.quant.rotation import can_rotate, factors, hadamard, is_product, random_signs, rotation_from_signs, small_factors
 from qvsr.registry import suggest
 
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "Linear", nn.Conv1d: "Conv1d", nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d"}
@@ -151,6 +151,8 @@ class QuantLayer(nn.Module):
         self.act_timesteps: tuple[int, ...] = ()
         self.bias_timesteps: tuple[int, ...] = ()
         self._cache: tuple[Any, list[Tensor]] | None = None
+        self._whole: list[Tensor] | None = None
+        self._signs: list[Tensor] | None = None
         self._rotated_weight: Tensor | None = None
         self._grid: tuple[Tensor, Tensor] | None = None
         self.weight_shrink: tuple[Tensor, ...] | None = None
@@ -248,7 +250,7 @@ class QuantLayer(nn.Module):
         pairs = [affine.qparams(low.reshape(-1), high.reshape(-1), self.weight_bits, self.scale_floor) for low, high in ranges]
         self.weight_scale = torch.stack([scale for scale, _ in pairs], 1)
         self.weight_zero_point = torch.stack([zero for _, zero in pairs], 1)
-        self._cache = self._grid = None
+        self._cache = self._grid = self._whole = None
 
     @torch.no_grad()
     def refresh_weight_ranges(self) -> None:
@@ -351,7 +353,7 @@ class QuantLayer(nn.Module):
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         elif execution == "simulated" and self.weight_packed is not None:
             self.weight_q, self.weight_packed = self.integers(), None
-        self._cache = self._grid = self._rotated_weight = None
+        self._cache = self._grid = self._rotated_weight = self._whole = None
         self.execution = execution
 
     def check_execution(self, execution: str) -> None:
@@ -364,10 +366,13 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(…, K)`` to ``(…, N)`` for Linear; maps ``(B, K, …)`` to ``(B, N, …)`` for convolutions."""
         x = self._scaled(x)
-        if self.execution == "packed":
-            y = self._packed(x)
-        else:
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if differentiated and self.execution == "packed":
+            raise QuantError(f"{self.name}: packed execution has no gradients; run it under torch.no_grad, or simulated")
+        if self.is_open or differentiated:
             y = self._linear(x) if self.is_linear else self._convolution(x)
+        else:
+            y = self._frozen(x)
         if self.offset_taps is not None:
             y = y + self.offset_constant(self.offset_taps, x.shape)
         if self.correction is None:
@@ -430,35 +435,42 @@ class QuantLayer(nn.Module):
         y.view(*thin.shape[:1], geometry.out_channels, -1).baddbmm_(self.up.expand(thin.shape[0], -1, -1), thin)
         return y
 
-    def _packed(self, x: Tensor) -> Tensor:
-        """A smoothed input through the operators of packed execution."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise QuantError(f"{self.name}: packed execution has no gradients; run it under torch.no_grad, or simulated")
+    def _frozen(self, x: Tensor) -> Tensor:
+        """A smoothed input through integers: as floating-point numbers, or by the operators of packed execution."""
         if not x.numel():
             return x.new_empty(self._output_shape(x))
+        geometry, dtype = self.geometry, x.dtype
         channels_first = not self.is_linear and not _channels_last(x)
         ranged = self.as_ranged(x) if self.is_linear or channels_first else x.movedim(1, -1)
-        ranged = ranged.contiguous()
-        inputs = [self._packed_input(ranged, part, channels_first) for part in range(len(self.parts))]
-        columns: tuple[list[Tensor], ...] = tuple(list(values) for values in zip(*inputs, strict=True))
+        ranged = ranged.float().contiguous()
+        columns = [list(values) for values in zip(*(self._integer_input(ranged, part, channels_first) for part in range(len(self.parts))))]
         thin = None
         if self.down is not None and self.is_linear:
             thin = (ranged.view(-1, ranged.shape[-1]) @ self.down.T).view(*ranged.shape[:-1], -1)
         elif self.down is not None:
-            thin = self.operate(x, self.down).movedim(1, -1).contiguous()
-        bias = self._bias_now()
-        layer = (self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point)
-        if self.is_linear:
-            y = torch.ops.qvsr.matmul_packed(*columns, *layer, bias, thin, self.up)
-            return y.view(self._output_shape(x))  # type: ignore[no-any-return]
-        geometry = self.geometry
-        how = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
-        return torch.ops.qvsr.conv_packed(*columns, *layer, *how, bias, thin, self.up).movedim(-1, 1)  # type: ignore[no-any-return]
+            thin = self.operate(ranged if channels_first else ranged.movedim(-1, 1), self.down).movedim(1, -1).contiguous()
+        how = () if self.is_linear else (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+        rest = (*how, self._bias_now(), thin, self.up)
+        if self.execution == "packed":
+            operator = torch.ops.qvsr.matmul_packed if self.is_linear else torch.ops.qvsr.conv_packed
+            y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest)
+        else:
+            y = (simulated.matmul if self.is_linear else simulated.conv)(*columns, self._whole_weights(), self.weight_scale, *rest)
+        return (y.view(self._output_shape(x)) if self.is_linear else y.movedim(-1, 1)).to(dtype)
 
-    def _packed_input(self, x: Tensor, part: int, channels_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _whole_weights(self) -> list[Tensor]:
+        """The integer weight less its zero points in float32, a tensor a part, channels last; computed once."""
+        if self._whole is None or self._whole[0].device != self.weight_scale.device:
+            maps = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.geometry.weight_shape), torch.contiguous_format)
+            zero_points = self.weight_zero_point.float().repeat_interleave(torch.tensor(self.parts, device=self.weight_zero_point.device), 1)
+            values = self.integers().float().sub_(zero_points.view(*zero_points.shape, *(1,) * len(self.geometry.kernel)))
+            self._whole = [part.contiguous(memory_format=maps) for part in values.split(self.parts, 1)]
+        return self._whole
+
+    def _integer_input(self, x: Tensor, part: int, channels_first: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Integers, scale and zero point of one part of a contiguous input."""
         start = sum(self.parts[:part])
-        matrices, signs = self._rotation(part, x.dtype) if self.rotated[part] else ([], None)
+        matrices, signs = self._rotation(part, small=True) if self.rotated[part] else ([], None)
         scale = zero_point = None
         if self.act_scale is not None and self.act_zero_point is not None:
             row = self._row(self.act_timesteps, "activation ranges depend")
@@ -608,7 +620,7 @@ class QuantLayer(nn.Module):
         if int(integers.max()) > affine.levels(self.weight_bits):
             raise QuantError(f"{self.name}: integer {int(integers.max())} is beyond {self.weight_bits} bits")
         self.weight_q = integers
-        self.weight = self._rotated_weight = self._cache = self._grid = None
+        self.weight = self._rotated_weight = self._cache = self._grid = self._whole = None
         for parameter in (self.up, self.down):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -623,16 +635,19 @@ class QuantLayer(nn.Module):
     def _rotate_input(self, piece: Tensor, part: int) -> Tensor:
         if not self.rotated[part]:
             return piece
-        return rotate(piece, *self._rotation(part, piece.dtype), left=not self.is_linear, channels_first=not self.is_linear)
+        matrices, signs = self._rotation(part, small=False)
+        signs = None if signs is None else signs.to(piece.dtype)
+        return rotate(piece, matrices, signs, left=not self.is_linear, channels_first=not self.is_linear)
 
-    def _rotation(self, part: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
-        """A part's rotation as :func:`qvsr.kernels.rotate.rotate` takes it: a matrix, or two factors and signs."""
+    def _rotation(self, part: int, small: bool) -> tuple[list[Tensor], Tensor | None]:
+        """A part's rotation as :func:`qvsr.kernels.rotate.rotate` takes it: a matrix, or small ones and signs, wherever there are such if `small`."""
         matrix = getattr(self, f"rotation_{part}")
-        if matrix is not None:
+        if matrix is not None and (self.signs is None or not small):
             return [matrix], None
         assert self.signs is not None
-        signs = self.signs.split(self.parts)[part]
-        return _rotation_factors(signs.numel(), dtype, signs.device), signs.to(dtype)
+        if self._signs is None or self._signs[0].device != self.signs.device:
+            self._signs = list(self.signs.float().split(self.parts))
+        return _factors(self.parts[part], self.signs.device), self._signs[part]
 
     def _round_input(self, piece: Tensor, part: int, own: bool) -> Tensor:
         scale, zero_point = self._act_qparams(piece, part)
@@ -737,7 +752,7 @@ class QuantLayer(nn.Module):
             "bias_timesteps": list(self.bias_timesteps),
         }
         if self._needs_products():
-            facts["hadamard"] = "product"
+            facts["hadamard"] = "small products"
         return facts
 
     def _needs_products(self) -> bool:
@@ -799,7 +814,7 @@ class QuantLayer(nn.Module):
                 setattr(layer, role, nn.Parameter(state[role], requires_grad=False))
         if "signs" in state:
             layer._draw_rotations(list(state["signs"].split(layer.parts)))
-            if layer._needs_products() and facts.get("hadamard") != "product":
+            if layer._needs_products() and facts.get("hadamard") != "small products":
                 raise QuantError(
                     f"{name}: its file was made with other Hadamard matrices for parts of {layer.parts} channels; make it again"
                 )
@@ -813,10 +828,9 @@ class QuantLayer(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def _rotation_factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The two factors of a rotation without its signs, shared by all layers of the size."""
-    first, second = (hadamard(size).to(device, dtype) for size in factors(n))  # type: ignore[union-attr]
-    return [first, second / math.sqrt(n)]
+def _factors(n: int, device: torch.device) -> list[Tensor]:
+    """The small factors of a Hadamard matrix, shared by all layers of the size."""
+    return [hadamard(size).to(device, torch.float32) for size in small_factors(n)]
 
 
 def _channels_last(x: Tensor) -> bool:

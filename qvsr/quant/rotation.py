@@ -2,8 +2,8 @@
 
 A rotation of n channels is ``diag(signs) @ H_n / sqrt(n)`` with a Hadamard matrix H_n and signs of +-1. H_n follows from n alone, so
 a checkpoint stores the signs. Matrices are built by Sylvester's doubling, Paley's two constructions over the integers modulo a
-prime, and Kronecker products of these; a size for which none of them works is not rotated. From `FAST` on a matrix is a product of two
-of about equal size wherever there are such, so that it can be applied one factor after the other (:mod:`qvsr.kernels.rotate`).
+prime, and Kronecker products of these; a size for which none of them works is not rotated. Large matrices are products wherever there are
+such, so that they can be applied one small factor after the other (:mod:`qvsr.kernels.native`, :mod:`qvsr.kernels.rotate`).
 
 The published convention, which :class:`qvsr.quant.layer.QuantLayer` follows: a linear layer multiplies tokens from the right
 (``x @ rot``), a convolution multiplies channel vectors from the left (``rot @ c``), weights likewise.
@@ -18,7 +18,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-FAST = 256  # below this size a dense product is as fast as two thin ones
+from qvsr.kernels.rotate import FAST
+
+LARGE = 64  # above this size products come before Paley's constructions: every factor that is left costs its size in additions a value
 
 
 class HadamardError(ValueError):
@@ -57,10 +59,26 @@ def factors(n: int) -> tuple[int, int] | None:
     >>> factors(160), factors(320), factors(1280), factors(1028)
     (None, (16, 20), (32, 40), None)
     """
-    if n < FAST:
+    if n < FAST:  # one dense matrix is as fast there
         return None
     pairs = (left for left in range(math.isqrt(n), 3, -1) if n % left == 0 and can_rotate(left) and can_rotate(n // left))
     return next(((left, n // left) for left in pairs), None)
+
+
+@lru_cache(maxsize=1024)
+def small_factors(n: int) -> tuple[int, ...]:
+    """Sizes of the smallest matrices whose Kronecker product, in this order, :func:`hadamard` gives.
+
+    >>> small_factors(640), small_factors(160), small_factors(480), small_factors(12)
+    ((20, 2, 2, 2, 2, 2), (2, 2, 2, 20), (20, 24), (12,))
+    """
+    plan = _plan(n)
+    if plan is None:
+        raise HadamardError(f"no Hadamard matrix of size {n} can be built (1, 2 and products of 4, 12, 20, 24, 28, ... can)")
+    kind, argument = plan
+    if kind in ("product", "double"):
+        return (*small_factors(argument), *small_factors(n // argument))
+    return (n,)
 
 
 def random_signs(n: int, seed: int, name: str = "") -> Tensor:
@@ -90,9 +108,11 @@ def _plan(n: int) -> tuple[str, int] | None:
         return "sylvester", n
     if n < 1 or n % 4:
         return None
-    if is_product(n):
-        return "product", factors(n)[0]  # type: ignore[index]
+    if n & (n - 1) and (pair := factors(n)) is not None:
+        return "product", pair[0]
     if n & (n - 1) == 0:  # powers of two are always Sylvester's, although Paley gives some of them too
+        return "double", 2
+    if n > LARGE and _plan(n // 2) is not None:
         return "double", 2
     if _is_prime(n - 1):
         return "paley1", n - 1
@@ -109,10 +129,10 @@ def _plan(n: int) -> tuple[str, int] | None:
 def is_product(n: int) -> bool:
     """Whether the matrix of this size was another one before products came first: checkpoints say which one they mean.
 
-    >>> is_product(640), is_product(512), is_product(160)
-    (True, False, False)
+    >>> is_product(640), is_product(512), is_product(160), is_product(48)
+    (True, False, True, False)
     """
-    return n & (n - 1) != 0 and factors(n) is not None
+    return n > LARGE and n & (n - 1) != 0 and (factors(n) is not None or (n % 4 == 0 and _plan(n // 2) is not None))
 
 
 def _build(n: int) -> Tensor | None:
@@ -126,8 +146,7 @@ def _build(n: int) -> Tensor | None:
         return _paley_one(argument)
     if kind == "paley2":
         return _paley_two(argument)
-    left = 2 if kind == "double" else argument
-    return torch.kron(hadamard(left), hadamard(n // left))
+    return torch.kron(hadamard(argument), hadamard(n // argument))
 
 
 def _jacobsthal(q: int) -> Tensor:

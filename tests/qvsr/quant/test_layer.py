@@ -86,7 +86,8 @@ def test_open_training_and_frozen_forms_agree(name: str) -> None:
     assert not layer.is_open and layer.weight is None and layer.weight_q.dtype == torch.uint8
     with torch.no_grad():
         frozen = layer(x)
-    assert torch.equal(open_form, frozen)
+    # open: products of rounded values; frozen: sums of whole numbers, scaled afterwards
+    assert torch.allclose(open_form, frozen, atol=1e-5)
     # the branch is added by another operation while gradients are recorded
     assert torch.allclose(training.detach(), frozen, atol=1e-5)
 
