@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qvsr.kernels import native, reference
-from qvsr.kernels.finish import BLOCK, begin, blocks, column, finish, of_outputs
+from qvsr.kernels.finish import BLOCK, Output, blocks, column, of_outputs
 from qvsr.kernels.native import Sums
 from qvsr.kernels.packing import unpack_rows, unpack_weight
 from qvsr.kernels.reference import CONVOLUTIONS, output_shape
@@ -195,7 +195,7 @@ def matmul_packed(
     if _beyond(facts, zero_point):
         return reference.matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up)
     rows = [part.reshape(positions, -1) for part in q]
-    y, add = begin(positions, thin, up, bias, weight_scale)
+    y = Output(positions, weight_scale, bias, thin, up)
     if _exact_in_onednn(facts, zero_point) and _uses_onednn(count, sum(channels), positions, scale):
         if not facts.layouts:
             for part in range(len(q)):
@@ -208,11 +208,11 @@ def matmul_packed(
             for part, (u, step) in enumerate(zip(rows, facts.steps_of(weight_scale), strict=True)):
                 total = _linear(u[m], zeros[part], facts.layouts[part], count)
                 sums.append(Sums(total, step, scale[part], **_rest(facts, inputs, part, m)))
-            finish(y[m], add, bias, sums)
+            y.finish(m, sums)
     else:
         ranges = [[column(values, outside) for values in pair] for pair in zip(scale, zero_point, strict=True)]
-        _blocks(rows, ranges, weight, weight_bits, facts, weight_scale, bias, y, add)
-    return y.view(*outside, count)
+        _blocks(rows, ranges, weight, weight_bits, facts, weight_scale, y)
+    return y.values.view(*outside, count)
 
 
 def conv_packed(
@@ -241,7 +241,7 @@ def conv_packed(
     padded = any(padding)
     by_pixel = any(values.dim() > 1 for values in scale)
     # a zero that is padded is the zero point among the integers, if it is one of them
-    inside = not padded or all(bool(((z >= 0) & (z <= 255)).all()) for z in zero_point)
+    inside = not padded or all(float(z.min()) >= 0 and float(z.max()) <= 255 for z in zero_point)
     exact = _exact_in_onednn(facts, zero_point)
     by_frame = any(values.dim() for values in scale)
     many_frames = by_frame and frames > FRAMES
@@ -250,7 +250,7 @@ def conv_packed(
             q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, kernel, stride, padding, dilation, bias, thin, up
         )
     how = _How(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    y, add = begin(frames * positions, thin, up, bias, weight_scale)
+    y = Output(frames * positions, weight_scale, bias, thin, up)
     keeps = exact and _uses_onednn(count, sum(channels) * math.prod(kernel), frames * positions, [])
     if not by_pixel and not many_frames and (not inside or keeps):
         each = list(blocks(frames, count * positions if not by_frame else BLOCK))  # a frame at a time where each has its own zero point
@@ -270,12 +270,12 @@ def conv_packed(
                 total = _conv(u[m], zero, layouts[part], count, how).reshape(-1, count)
                 rest = {} if facts.centred[part] else {"rest": facts.rest[part], "inputs": _window_inputs(u[m], zero, how)}
                 sums.append(Sums(total, step, s, **rest))
-            finish(y[rows], add, bias, sums)
+            y.finish(rows, sums)
     else:
         windows = [_windows(u, zero_point[part], how, shape).view(frames * positions, -1) for part, u in enumerate(q)]
         ranges = [[of_outputs(values[part], (frames, *shape), stride, padding) for values in (scale, zero_point)] for part in range(len(q))]
-        _blocks(windows, ranges, weight, weight_bits, facts, weight_scale, bias, y, add)
-    return y.view(frames, *shape, count)
+        _blocks(windows, ranges, weight, weight_bits, facts, weight_scale, y)
+    return y.values.view(frames, *shape, count)
 
 
 def _uses_onednn(count: int, inputs: int, positions: int, scale: Sequence[Tensor]) -> bool:
@@ -286,12 +286,16 @@ def _uses_onednn(count: int, inputs: int, positions: int, scale: Sequence[Tensor
 
 def _exact_in_onednn(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
     """Whether its sums are whole numbers that float32 holds: it adds up ``q (w - c)`` in 32 bits, and takes the zero point's share off in float32."""
-    return all(float(z.abs().max()) * largest < 2**23 for z, largest in zip(zero_point, facts.largest, strict=True))
+    return all(_farthest(z) * largest < 2**23 for z, largest in zip(zero_point, facts.largest, strict=True))
+
+
+def _farthest(zero_point: Tensor) -> float:
+    return abs(float(zero_point)) if zero_point.dim() == 0 else float(zero_point.abs().max())
 
 
 def _beyond(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
     """Whether a sum could exceed 32 bits: a range far away from 0 has a large zero point."""
-    farthest = max(float(z.abs().max()) for z in zero_point)
+    farthest = max(_farthest(z) for z in zero_point)
     return not (255 + farthest) * facts.limit <= LARGEST  # a NaN is beyond, too
 
 
@@ -301,7 +305,7 @@ def _inputs(facts: _Weight, part: int, u: Tensor, zero_point: Tensor | int) -> T
 
 
 def _rest(facts: _Weight, inputs: Sequence[Tensor | None], part: int, m: slice, n: slice = slice(None)) -> dict[str, Tensor]:
-    """The arguments of :func:`qvsr.kernels.finish.finish` that add the rest."""
+    """The arguments of :func:`qvsr.kernels.native.Sums` that add the rest."""
     values = inputs[part]
     return {} if values is None else {"rest": facts.rest[part, n], "inputs": values[m]}
 
@@ -389,12 +393,10 @@ def _blocks(
     bits: int,
     facts: _Weight,
     weight_scale: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    add: bool,
+    y: Output,
 ) -> None:
     """All parts ``(M, taps * channels)`` times the weight into `y`, a block of rows and output channels at a time."""
-    positions, count = y.shape
+    positions, count = y.values.shape
     zeros = [zero_point.to(torch.int32) for _, zero_point in ranges]
     inputs = [_inputs(facts, part, u, zeros[part]) for part, u in enumerate(rows)]
     high = min(ROWS, positions)
@@ -408,7 +410,7 @@ def _blocks(
                 scale, zero = (values[m] if values.dim() else values for values in (ranges[part][0], zeros[part]))
                 total = _product(u[m], columns[part])
                 sums.append(Sums(total, step[n], scale, zero, facts.total[part, n], **_rest(facts, inputs, part, m, n)))
-            finish(y[m, n], add, None if bias is None else bias[n], sums)
+            y.finish(m, sums, n)
 
 
 def _product(u: Tensor, w: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """From whole-number sums to a layer's output: what simulated and packed execution share behind their products.
 
-    y = (bias + L1 thin) + sum_1 * (step_1 * scale_1) + sum_2 * (step_2 * scale_2) + ...,    a part each
+    y = bias + L1 thin + sum_1 * (step_1 * scale_1) + sum_2 * (step_2 * scale_2) + ...,    a part each
 
 in float32, from left to right, each product and each sum rounded. A sum below 2^24 is a whole number that float32 holds exactly, in
 whatever order and arithmetic it was added up: so both executions give the same bytes.
@@ -20,13 +20,42 @@ from qvsr.kernels.native import Sums
 BLOCK = 2**20  # sums at a time: 4 MB, which a cache holds
 
 
-def begin(positions: int, thin: Tensor | None, up: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[Tensor, bool]:
-    """An output ``(M, N)`` like `like` ``(N, …)``, and whether it holds the branch and the bias already; else nothing."""
-    y = native.empty(positions, len(like)) if like.device.type == "cpu" else like.new_empty(positions, len(like))
-    if thin is None or up is None:
-        return y, False
-    left = thin.reshape(positions, -1)
-    return (torch.mm(left, up.T, out=y) if bias is None else torch.addmm(bias, left, up.T, out=y)), True
+class Output:
+    """A layer's output ``(M, N)``, filled a block of rows and columns at a time.
+
+    Args:
+        like: a tensor of N rows on the output's device.
+        bias: ``(N,)``; thin: the input after the branch's first layer, M vectors of R; up: ``(N, R)``.
+    """
+
+    def __init__(self, positions: int, like: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None) -> None:
+        shape = positions, len(like)
+        self.values = native.empty(*shape) if like.device.type == "cpu" else like.new_empty(shape, dtype=torch.float32)
+        self.bias = bias
+        self.thin = None if thin is None else thin.reshape(positions, -1)
+        self.up = None if up is None else up.T.contiguous()
+
+    def finish(self, m: slice, parts: Sequence[Sums], n: slice = slice(None)) -> None:
+        """Write rows m and columns n from the sums of all parts there."""
+        out, bias = self.values[m, n], None if self.bias is None else self.bias[n]
+        thin, up = None if self.thin is None else self.thin[m], None if self.up is None else self.up[:, n]
+        # three-dimensional convolutions may put channels first
+        parts = [part if part.sums.stride(1) == 1 else part._replace(sums=part.sums.contiguous()) for part in parts]
+        if out.device.type == "cpu" and native.library() is not None:
+            native.finish(out, bias, thin, up, parts)
+            return
+        out[:] = 0.0 if bias is None else bias
+        if thin is not None and up is not None:
+            out += thin @ up
+        for part in parts:
+            sums = part.sums
+            if sums.dtype == torch.int32:
+                assert part.zero_point is not None and part.total is not None
+                sums = sums - part.zero_point.view(-1, 1) * part.total
+            values = sums.float()
+            if part.rest is not None and part.inputs is not None:
+                values = values + part.rest.float() * part.inputs[:, None]
+            out += values * (part.step * part.scale.view(-1, 1))
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -55,29 +84,3 @@ def of_outputs(values: Tensor, shape: Sequence[int], stride: Sequence[int], padd
             values = F.pad(values, [size for size in reversed(padding) for _ in range(2)])
         values = values[(slice(None), *(slice(None, None, step) for step in stride))]
     return column(values, shape)
-
-
-def finish(out: Tensor, add: bool, bias: Tensor | None, parts: Sequence[Sums]) -> None:
-    """Scale a block of sums, part after part, and add it to what is there: the output itself if `add`, else the bias.
-
-    Args:
-        out: float32 ``(M, N)``, rows contiguous.
-    """
-    # three-dimensional convolutions may put channels first
-    parts = [part if part.sums.stride(1) == 1 else part._replace(sums=part.sums.contiguous()) for part in parts]
-    if out.device.type == "cpu" and native.library() is not None:
-        native.finish(out, add, bias, parts)
-        return
-    for index, part in enumerate(parts):
-        sums = part.sums
-        if sums.dtype == torch.int32:
-            assert part.zero_point is not None and part.total is not None
-            sums = sums - part.zero_point.view(-1, 1) * part.total
-        values = sums.float()
-        if part.rest is not None and part.inputs is not None:
-            values = values + part.rest.float() * part.inputs[:, None]
-        values = values * (part.step * part.scale.view(-1, 1))
-        if add or index:
-            out += values
-        else:
-            torch.add(values, 0.0 if bias is None else bias, out=out)

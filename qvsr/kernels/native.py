@@ -31,6 +31,8 @@ FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
+NAN = "quantize_activation: x has NaN, which no integer stands for"
+STRIDES = {"tensor": 0, "frame": 1, "token": 2}
 LANES, LARGEST_FACTOR = 16, 64  # as in csrc/cpu.c
 LARGE, PAGE, HUGE_PAGES = 2**22, 4096, 14  # bytes from which on large pages pay; MADV_HUGEPAGE of Linux
 
@@ -60,11 +62,10 @@ class _Sums(ctypes.Structure):
     )
 
 
-_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "qvsr_range": [ctypes.POINTER(_Part), _I, _P, _P, _I],
-    "qvsr_quantize": [ctypes.POINTER(_Part), _P, _P, _I, _I, _P, _I],
-    "qvsr_finish": [_P, _L, _I, _P, ctypes.POINTER(_Sums), _I, _L, _L, _I],
+    "qvsr_activation": [ctypes.POINTER(_Part), _I, _I, _F, _I, _F, _I, _P, _P, _P, _P, _I],
+    "qvsr_finish": [_P, _L, _P, _P, _P, _L, _L, ctypes.POINTER(_Sums), _I, _L, _L, _I],
     "qvsr_unpack": [_P, _L, _I, _L, _L, _P, _P, _L, _I],
 }
 
@@ -128,7 +129,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise BuildError(f"{path.name} does not load: {error}") from None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int if name in ("qvsr_range", "qvsr_quantize") else None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name == "qvsr_activation" else None
     return found
 
 
@@ -162,65 +163,83 @@ def _processor() -> str:
 
 
 def quantizes(rotation: Sequence[Tensor], signs: Tensor | None) -> bool:
-    """Whether :class:`Activation` can do such a rotation: none, or small factors with signs."""
-    return not rotation or (signs is not None and max(len(factor) for factor in rotation) <= LARGEST_FACTOR)
+    """Whether :func:`quantize_activation` can do such a rotation: none, or small factors with signs."""
+    return not rotation or (signs is not None and max(factor.shape[0] for factor in rotation) <= LARGEST_FACTOR)
 
 
-class Activation:
-    """One part of an input, contiguous float32, as ``csrc/cpu.c`` takes it; arguments as of ``qvsr::quantize_activation``."""
+def quantize_activation(
+    x: Tensor,
+    start: int,
+    stop: int,
+    channels_first: bool,
+    left: bool,
+    rotation: Sequence[Tensor],
+    signs: Tensor | None,
+    bits: int,
+    granularity: str,
+    symmetric: bool,
+    floor: float,
+    clip: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`; for rotations of :func:`quantizes`, up to 8 bits, and an input with elements."""
+    outside = (x.shape[0], *x.shape[2:]) if channels_first else x.shape[:-1]
+    frames = x.shape[0] if channels_first or granularity == "frame" else 1
+    positions = math.prod(outside) // frames
+    part = _Part(x.data_ptr(), frames, positions, x.shape[1 if channels_first else -1], start, stop - start, channels_first)
+    if rotation:
+        assert signs is not None
+        known = _rotation(tuple(rotation), signs, left)
+        part.signs_first, part.count, part.signs, part.factors, part.sizes = not left, len(rotation), *known.pointers
+    dynamic, top = scale is None or zero_point is None, 2**bits - 1
+    stride = STRIDES[granularity] if dynamic else 0
+    room = None
+    if scale is None or zero_point is None:
+        shape = ((), outside[:1], outside)[stride]
+        scale, zero_point = x.new_empty(shape), x.new_empty(shape)
+        room = x.new_empty(2 * frames * (positions if stride == 2 else -(-positions // LANES)))
+    else:
+        scale, zero_point = scale.clone(), zero_point.clone()
+    q = torch.empty((*outside, stop - start), dtype=torch.uint8)
+    code: int = _found().qvsr_activation(
+        *(part, dynamic, stride, 1.0 if clip is None else float(clip), symmetric, floor * min(1.0, 255 / top), top),
+        *(scale.data_ptr(), zero_point.data_ptr(), None if room is None else room.data_ptr(), q.data_ptr(), torch.get_num_threads()),
+    )
+    if code & 1:
+        raise MemoryError("quantize_activation: no memory for a tile of 16 positions")
+    if code & 2 and not dynamic:
+        raise ValueError(NAN)
+    return q, scale, zero_point
 
-    def __init__(
-        self,
-        x: Tensor,
-        start: int,
-        stop: int,
-        channels_first: bool,
-        left: bool,
-        rotation: Sequence[Tensor],
-        signs: Tensor | None,
-        granularity: str,
-    ) -> None:
-        self.shape = (x.shape[0], *x.shape[2:], stop - start) if channels_first else (*x.shape[:-1], stop - start)
-        self.granularity = granularity
-        rows = math.prod(self.shape[:-1])
-        frames = x.shape[0] if channels_first or granularity == "frame" else 1
-        rows //= frames
-        self.runs = -(-rows // LANES)
-        self._kept = [x]
-        part = self.part = _Part(x.data_ptr(), frames, rows, x.shape[1 if channels_first else -1], start, stop - start, channels_first)
-        if rotation:
-            assert signs is not None
-            factors, sizes, scaled = _prepared(tuple(rotation), left), [len(factor) for factor in rotation], signs * (stop - start) ** -0.5
-            self._kept += [factors, scaled]
-            self._sizes = (ctypes.c_int32 * len(sizes))(*sizes)
-            part.signs_first, part.signs, part.factors, part.count = not left, scaled.data_ptr(), factors.data_ptr(), len(sizes)
-            part.sizes = ctypes.cast(self._sizes, ctypes.c_void_p)
 
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum: ``()``, ``(B,)`` or one a token."""
-        by_token, x = self.granularity == "token", self._kept[0]
-        low, high = x.new_empty(2, self.part.frames, self.part.positions if by_token else self.runs).unbind()
-        _call("qvsr_range", self.part, by_token, low.data_ptr(), high.data_ptr(), torch.get_num_threads())
-        if by_token:
-            return low.view(self.shape[:-1]), high.view(self.shape[:-1])
-        return (low.amin(1), high.amax(1)) if self.granularity == "frame" else (low.amin(), high.amax())
+class _Rotation(NamedTuple):
+    """What a rotation looks like to ``csrc/cpu.c``; the first three keep the memory."""
 
-    def integers(self, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, bool]:
-        """uint8, channels last, and whether there was NaN; scale and zero point contiguous, shaped as :meth:`range` returns."""
-        q = torch.empty(self.shape, dtype=torch.uint8)
-        stride = {"tensor": 0, "frame": 1, "token": 2}[self.granularity] if scale.dim() else 0
-        pointers = scale.data_ptr(), zero_point.data_ptr(), stride, 2**bits - 1, q.data_ptr()
-        return q, bool(_call("qvsr_quantize", self.part, *pointers, torch.get_num_threads()) & 2)
+    signs: Tensor
+    factors: Tensor
+    sizes: ctypes.Array[ctypes.c_int32]
+    pointers: tuple[int, int, int]
 
 
-def finish(out: Tensor, add: bool, bias: Tensor | None, parts: Sequence[Sums]) -> None:
+@functools.lru_cache(maxsize=4096)
+def _rotation(rotation: tuple[Tensor, ...], signs: Tensor, left: bool) -> _Rotation:
+    """Factors one after another, transposed where rows are multiplied from the right; signs with the factor that makes them orthogonal."""
+    factors = torch.cat([(factor if left else factor.T).flatten() for factor in rotation]).float()
+    sizes = (ctypes.c_int32 * len(rotation))(*(len(factor) for factor in rotation))
+    scaled = signs.float() * len(signs) ** -0.5
+    return _Rotation(scaled, factors, sizes, (scaled.data_ptr(), factors.data_ptr(), ctypes.addressof(sizes)))
+
+
+def finish(out: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None, parts: Sequence[Sums]) -> None:
     """``qvsr_finish`` of ``csrc/cpu.c``; see :func:`qvsr.kernels.finish.finish`."""
     found = (_Sums * len(parts))()
     for there, part in zip(found, parts, strict=True):
         pointers = (None if values is None else values.data_ptr() for values in part[1:])
         there.__init__(part.sums.data_ptr(), part.sums.stride(0), *pointers, part.sums.dtype == torch.int32, part.scale.dim() > 0)
     start = None if bias is None else bias.data_ptr()
-    _call("qvsr_finish", out.data_ptr(), out.stride(0), add, start, found, len(parts), *out.shape, torch.get_num_threads())
+    branch = (None, None, 0, 0) if thin is None or up is None else (thin.data_ptr(), up.data_ptr(), up.shape[0], up.stride(0))
+    _found().qvsr_finish(out.data_ptr(), out.stride(0), start, *branch, found, len(parts), *out.shape, torch.get_num_threads())
 
 
 class Sums(NamedTuple):
@@ -270,20 +289,11 @@ def unpack(packed: Tensor, bits: int, start: int, count: int, centre: Tensor) ->
     """
     out = torch.empty(len(packed), count, dtype=torch.int8)
     pointers = packed.data_ptr(), packed.shape[1], bits, start, count, centre.data_ptr(), out.data_ptr()
-    _call("qvsr_unpack", *pointers, len(packed), torch.get_num_threads())
+    _found().qvsr_unpack(*pointers, len(packed), torch.get_num_threads())
     return out
 
 
-@functools.lru_cache(maxsize=128)
-def _prepared(rotation: tuple[Tensor, ...], left: bool) -> Tensor:
-    """The factors one after another; transposed where rows are multiplied from the right."""
-    return torch.cat([(factor if left else factor.T).flatten() for factor in rotation]).float()
-
-
-def _call(name: str, *arguments: object) -> int:
+def _found() -> ctypes.CDLL:
     found = library()
     assert found is not None
-    code: int | None = getattr(found, name)(*arguments)
-    if code and code & 1:
-        raise MemoryError("quantize_activation: no memory for a tile of 16 positions")
-    return code or 0
+    return found

@@ -83,36 +83,11 @@ def _quantize_activation(x: Tensor, start: int, stop: int, channels_first: bool,
         )
     if bits > 8 or not x.numel() or native.library() is None:
         return reference.quantize_activation(x, start, stop, channels_first, *rest)
-    return _native_quantize_activation(x, start, stop, channels_first, *rest)
-
-
-def _native_quantize_activation(
-    x: Tensor,
-    start: int,
-    stop: int,
-    channels_first: bool,
-    left: bool,
-    rotation: Sequence[Tensor],
-    signs: Tensor | None,
-    bits: int,
-    granularity: str,
-    symmetric: bool,
-    floor: float,
-    clip: Tensor | None,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    left, rotation, signs, *others = rest
     if not native.quantizes(rotation, signs):
-        piece = x.narrow(1 if channels_first else -1, start, stop - start)
-        x, start, stop, rotation = rotate(piece, rotation, signs, left, channels_first), 0, stop - start, []
-    part = native.Activation(x, start, stop, channels_first, left, rotation, signs, granularity)
-    if scale is None or zero_point is None:
-        scale, zero_point = reference.grid(*part.range(), bits, symmetric, floor, clip)
-        return part.integers(scale, zero_point, bits)[0], scale, zero_point
-    q, has_nan = part.integers(scale, zero_point, bits)
-    if has_nan:
-        raise ValueError(reference.NAN)
-    return q, scale.clone(), zero_point.clone()
+        x = rotate(x.narrow(1 if channels_first else -1, start, stop - start), rotation, signs, left, channels_first)
+        start, stop, rotation = 0, stop - start, []
+    return native.quantize_activation(x, start, stop, channels_first, left, rotation, signs, *others)
 
 
 @torch.library.impl("qvsr::matmul_packed", "CPU")

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvsr.kernels.finish import begin, column, finish, of_outputs, spread
-from qvsr.kernels.native import Sums
+from qvsr.kernels.finish import Output, column, of_outputs, spread
+from qvsr.kernels.native import NAN, Sums
 from qvsr.kernels.packing import unpack_weight
 from qvsr.kernels.rotate import rotate
 
-NAN = "quantize_activation: x has NaN, which no integer stands for"
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -93,12 +92,13 @@ def matmul_packed(
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     rows, outside = [part.unsqueeze(0).flatten(0, -2) for part in q], q[0].shape[:-1]
     pieces = [part[:, 0] for part in unpack_weight(weight, weight_bits, [part.shape[-1] for part in q])]
-    y, add = begin(len(rows[0]), thin, up, bias, weight_scale)
+    y, sums = Output(len(rows[0]), weight_scale, bias, thin, up), []
     for index, (u, w) in enumerate(zip(rows, pieces, strict=True)):
         s, z = (column(values[index], outside) for values in (scale, zero_point))
         total = (u.double() - z.double().unsqueeze(-1)) @ (w.double() - weight_zero_point[:, index, None].double()).T
-        finish(y, add or index > 0, bias, [Sums(total.float(), weight_scale[:, index].contiguous(), s)])
-    return y.view(*outside, len(weight))
+        sums.append(Sums(total.float(), weight_scale[:, index].contiguous(), s))
+    y.finish(slice(None), sums)
+    return y.values.view(*outside, len(weight))
 
 
 def conv_packed(
@@ -120,7 +120,7 @@ def conv_packed(
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     count, shape = len(weight), (q[0].shape[0], *output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation))
     channels = [part.shape[-1] for part in q]
-    y, add = begin(math.prod(shape), thin, up, bias, weight_scale)
+    y, sums = Output(math.prod(shape), weight_scale, bias, thin, up), []
     for index, w in enumerate(unpack_weight(weight, weight_bits, channels, kernel)):
         w = w.double() - weight_zero_point[:, index, None, None].double()
         w = w.transpose(1, 2).reshape(count, channels[index], *kernel)
@@ -128,8 +128,9 @@ def conv_packed(
         u = (q[index].double() - z[..., None]).movedim(-1, 1)  # the zeros that are padded are zeros, whatever the zero point
         total = CONVOLUTIONS[len(kernel)](u, w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
         own, scales = weight_scale[:, index].contiguous(), of_outputs(scale[index], shape, stride, padding)
-        finish(y, add or index > 0, bias, [Sums(total.reshape(-1, count).float(), own, scales)])
-    return y.view(*shape, count)
+        sums.append(Sums(total.reshape(-1, count).float(), own, scales))
+    y.finish(slice(None), sums)
+    return y.values.view(*shape, count)
 
 
 def output_shape(

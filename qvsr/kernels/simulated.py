@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvsr.kernels.finish import begin, blocks, column, finish, of_outputs
+from qvsr.kernels.finish import Output, blocks, column, of_outputs
 from qvsr.kernels.native import Sums
 from qvsr.kernels.reference import CONVOLUTIONS, output_shape
 
@@ -33,14 +33,14 @@ def matmul(
     rows = [part.reshape(-1, part.shape[-1]) for part in q]
     ranges = [[column(values, outside) for values in pair] for pair in zip(scale, zero_point, strict=True)]
     steps = [step.contiguous() for step in weight_scale.unbind(1)]
-    y, add = begin(len(rows[0]), thin, up, bias, weight_scale)
-    for m in blocks(len(y), count):
+    y = Output(len(rows[0]), weight_scale, bias, thin, up)
+    for m in blocks(len(y.values), count):
         sums = []
         for part, weight in enumerate(weights):
             s, z = (values[m] if values.dim() else values for values in ranges[part])
             sums.append(Sums(F.linear(rows[part][m].to(weight.dtype).sub_(z.unsqueeze(-1)), weight), steps[part], s))
-        finish(y[m], add, bias, sums)
-    return y.view(*outside, count)
+        y.finish(m, sums)
+    return y.values.view(*outside, count)
 
 
 def conv(
@@ -62,7 +62,7 @@ def conv(
     shape = output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation)
     positions = math.prod(shape)
     steps = [step.contiguous() for step in weight_scale.unbind(1)]
-    y, add = begin(frames * positions, thin, up, bias, weight_scale)
+    y = Output(frames * positions, weight_scale, bias, thin, up)
     for m in blocks(frames, count * positions):
         rows = slice(m.start * positions, m.stop * positions)
         sums = []
@@ -72,5 +72,5 @@ def conv(
             maps = q[part][m].to(weight.dtype).sub_(z.view(*z.shape, *(1,) * (q[part].dim() - z.dim())) if z.dim() else z).movedim(-1, 1)
             total = CONVOLUTIONS[len(kernel)](maps, weight, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
             sums.append(Sums(total.reshape(-1, count), steps[part], of_outputs(s, total.shape[:-1], stride, padding)))
-        finish(y[rows], add, bias, sums)
-    return y.view(frames, *shape, count)
+        y.finish(rows, sums)
+    return y.values.view(frames, *shape, count)

@@ -19,7 +19,6 @@ grid, so their integers are equal; the outputs differ in the rounding of float32
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -369,7 +368,7 @@ class QuantLayer(nn.Module):
         differentiated = torch.is_grad_enabled() and x.requires_grad
         if differentiated and self.execution == "packed":
             raise QuantError(f"{self.name}: packed execution has no gradients; run it under torch.no_grad, or simulated")
-        if self.is_open or differentiated:
+        if self.is_open or differentiated or (x.dtype == torch.float64 and self.execution == "simulated"):
             y = self._linear(x) if self.is_linear else self._convolution(x)
         else:
             y = self._frozen(x)
@@ -442,8 +441,9 @@ class QuantLayer(nn.Module):
         geometry, dtype = self.geometry, x.dtype
         channels_first = not self.is_linear and not _channels_last(x)
         ranged = self.as_ranged(x) if self.is_linear or channels_first else x.movedim(1, -1)
-        ranged = ranged.float().contiguous()
-        columns = [list(values) for values in zip(*(self._integer_input(ranged, part, channels_first) for part in range(len(self.parts))))]
+        ranged = (ranged.float() if dtype in (torch.float16, torch.bfloat16) else ranged).contiguous()
+        inputs = [self._integer_input(ranged, part, channels_first) for part in range(len(self.parts))]
+        columns: tuple[list[Tensor], ...] = tuple(list(values) for values in zip(*inputs, strict=True))
         thin = None
         if self.down is not None and self.is_linear:
             thin = (ranged.view(-1, ranged.shape[-1]) @ self.down.T).view(*ranged.shape[:-1], -1)
@@ -455,14 +455,17 @@ class QuantLayer(nn.Module):
             operator = torch.ops.qvsr.matmul_packed if self.is_linear else torch.ops.qvsr.conv_packed
             y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest)
         else:
-            y = (simulated.matmul if self.is_linear else simulated.conv)(*columns, self._whole_weights(), self.weight_scale, *rest)
+            compute: Any = simulated.matmul if self.is_linear else simulated.conv
+            y = compute(*columns, self._whole_weights(), self.weight_scale, *rest)
         return (y.view(self._output_shape(x)) if self.is_linear else y.movedim(-1, 1)).to(dtype)
 
     def _whole_weights(self) -> list[Tensor]:
         """The integer weight less its zero points in float32, a tensor a part, channels last; computed once."""
         if self._whole is None or self._whole[0].device != self.weight_scale.device:
             maps = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.geometry.weight_shape), torch.contiguous_format)
-            zero_points = self.weight_zero_point.float().repeat_interleave(torch.tensor(self.parts, device=self.weight_zero_point.device), 1)
+            zero_points = self.weight_zero_point.float().repeat_interleave(
+                torch.tensor(self.parts, device=self.weight_zero_point.device), 1
+            )
             values = self.integers().float().sub_(zero_points.view(*zero_points.shape, *(1,) * len(self.geometry.kernel)))
             self._whole = [part.contiguous(memory_format=maps) for part in values.split(self.parts, 1)]
         return self._whole

@@ -1,8 +1,8 @@
 /* Three loops of packed execution that PyTorch has no operator for: what stands before and behind the integer products.
  *
- *   qvsr_range, qvsr_quantize   activations to integers: rotate, find the range, rotate again, round, channels last
- *   qvsr_finish                 whole-number sums to the layer's output: times the scales, plus what is there
- *   qvsr_unpack                 packed weights to centred 8-bit integers
+ *   qvsr_activation   activations to integers: rotate, find the range, rotate again, round, channels last
+ *   qvsr_finish       whole-number sums to the layer's output: times the scales, plus what is there
+ *   qvsr_unpack       packed weights to centred 8-bit integers
  *
  * Plain C with GCC's vector types, compiled for the machine it runs on (qvsr/kernels/native.py); OpenMP's threads are those of torch.
  * A float32 activation of a convolution with 320 channels at 64x64 takes 26 MB. In PyTorch rotation, range, division, rounding, clamping,
@@ -167,7 +167,7 @@ static vec *tile(int64_t n) { return aligned_alloc(64, sizeof(vec) * (size_t)(n 
 /* Minimum and maximum; NaN if there is one.
  * by_token: low, high[frames * positions]; else a pair for each run of 16 positions, [frames * ceil(positions / 16)].
  * Returns 0, or 1 without memory. */
-int qvsr_range(const Part *p, int by_token, float *low, float *high, int threads) {
+static int find_range(const Part *p, int by_token, float *low, float *high, int threads) {
     const int64_t runs = (p->positions + LANES - 1) / LANES;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -214,7 +214,7 @@ int qvsr_range(const Part *p, int by_token, float *low, float *high, int threads
 /* Integers 0 .. top, channels last, q[frames][positions][n]: clamp(round(v / scale), -zero, top - zero) + zero.
  * scale and zero are one number (stride 0), one a frame (1) or one a position (2).
  * Returns 0; 1 without memory, 2 if there was NaN, 3 if both. */
-int qvsr_quantize(const Part *p, const float *scale, const float *zero, int stride, int top, uint8_t *q, int threads) {
+static int quantize(const Part *p, const float *scale, const float *zero, int stride, int top, uint8_t *q, int threads) {
     const int64_t runs = (p->positions + LANES - 1) / LANES, n = p->n;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -267,6 +267,49 @@ int qvsr_quantize(const Part *p, const float *scale, const float *zero, int stri
     return failed;
 }
 
+/* scale and zero of ranges: minimum and maximum narrowed by `clip`, or symmetric about 0; the operations of qvsr/kernels/reference.py. */
+static void grid(const float *low, const float *high, int64_t count, float clip, int symmetric, float floor, int top, float *scale,
+                 float *zero) {
+    const float half = (float)((top + 1) / 2), wider = (float)((double)half / ((double)half - 1));
+    for (int64_t i = 0; i < count; i++) {
+        float a = low[i] * clip, b = high[i] * clip;
+        if (symmetric) {
+            b = -a > b || a != a ? -a : b;
+            a = -b * wider;
+        }
+        const float s = (b - a) / (float)top;
+        scale[i] = s < floor ? floor : s;
+        zero[i] = __builtin_rintf(-a / scale[i]);
+    }
+}
+
+/* Ranges if `dynamic`, else scale and zero are given; then integers. `stride` as of quantize.
+ * room: floats, 2 * frames * positions for ranges by position, else 2 * frames * ceil(positions / 16). Returns what quantize does. */
+int qvsr_activation(const Part *p, int dynamic, int stride, float clip, int symmetric, float floor, int top, float *scale, float *zero,
+                    float *room, uint8_t *q, int threads) {
+    if (dynamic) {
+        const int64_t runs = (p->positions + LANES - 1) / LANES, all = p->frames * (stride == 2 ? p->positions : runs);
+        float *low = room, *high = room + all;
+        if (find_range(p, stride == 2, low, high, threads)) return 1;
+        int64_t count = all;
+        if (stride < 2) { /* runs to frames, or to one */
+            const int64_t each = stride == 1 ? runs : all;
+            count = all / each;
+            for (int64_t i = 0; i < count; i++) {
+                float a = low[i * each], b = high[i * each];
+                for (int64_t run = i * each + 1; run < (i + 1) * each; run++) {
+                    a = low[run] < a || low[run] != low[run] ? low[run] : a;
+                    b = high[run] > b || high[run] != high[run] ? high[run] : b;
+                }
+                low[i] = a;
+                high[i] = b;
+            }
+        }
+        grid(low, high, count, clip, symmetric, floor, top, scale, zero);
+    }
+    return quantize(p, scale, zero, stride, top, q, threads);
+}
+
 /* One part of a layer's sums, rows of `ld` values. */
 typedef struct {
     const void *sums; /* whole numbers: float32, or int32 from which zero[m] * total[n] is taken */
@@ -280,22 +323,34 @@ typedef struct {
 
 enum { COLUMNS = 512 };
 
-/* out[m][n] = there + sum over parts of (sum + rest[n] * inputs[m]) * (step[n] * scale[m]), for rows of `ld` values.
- * there: out itself if `add`, else bias[n], else 0. */
-void qvsr_finish(float *out, int64_t ld, int add, const float *bias, const Sums *parts, int count, int64_t rows, int64_t columns,
-                 int threads) {
+/* y[n] += sum over r of thin[r] * up[r][n]: four rows of `up` at a time, so that y is loaded and stored less often. */
+__attribute__((optimize("fp-contract=fast"))) static void branch(float *restrict y, const float *thin, const float *up, int64_t rank,
+                                                                  int64_t ld, int64_t n) {
+    int64_t r = 0;
+    for (; r + 4 <= rank; r += 4) {
+        const float a = thin[r], b = thin[r + 1], c = thin[r + 2], d = thin[r + 3];
+        const float *u = up + r * ld, *v = u + ld, *w = v + ld, *x = w + ld;
+        for (int64_t i = 0; i < n; i++) y[i] = a * u[i] + (b * v[i] + (c * w[i] + (d * x[i] + y[i])));
+    }
+    for (; r < rank; r++)
+        for (int64_t i = 0; i < n; i++) y[i] += thin[r] * up[r * ld + i];
+}
+
+/* out[m][n] = bias[n] + sum over r of thin[m][r] * up[r][n] + sum over parts of (sum + rest[n] * inputs[m]) * (step[n] * scale[m]),
+ * for rows of `ld` values; up has rows of `ld_up`. bias may be NULL; rank 0: no branch. */
+void qvsr_finish(float *out, int64_t ld, const float *bias, const float *thin, const float *up, int64_t rank, int64_t ld_up,
+                 const Sums *parts, int count, int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t m = 0; m < rows; m++)
         for (int64_t first = 0; first < columns; first += COLUMNS) {
             const int64_t n = columns - first < COLUMNS ? columns - first : COLUMNS;
             float y[COLUMNS] __attribute__((aligned(64)));
             float *const target = out + m * ld + first;
-            if (add)
-                memcpy(y, target, sizeof(float) * (size_t)n);
-            else if (bias)
+            if (bias)
                 memcpy(y, bias + first, sizeof(float) * (size_t)n);
             else
                 memset(y, 0, sizeof(float) * (size_t)n);
+            if (rank) branch(y, thin + m * rank, up + first, rank, ld_up, n);
             for (int part = 0; part < count; part++) {
                 const Sums *p = parts + part;
                 const float *f = (const float *)p->sums + m * p->ld + first, *step = p->step + first;
