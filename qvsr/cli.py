@@ -357,7 +357,9 @@ def measure(
     dataset: Annotated[str, typer.Option()] = "",
     method: MethodOption = "",
     bits: BitsOption = "",
-    execution: Annotated[str | None, typer.Option(help="how the frames were made: simulated, or external (another program)")] = None,
+    execution: Annotated[
+        str | None, typer.Option(help="how the frames were made; default: what the clip says, or external without --config")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Measure restored clips of any program: one JSON line a clip and metric."""
@@ -379,7 +381,7 @@ def measure(
         dataset,
         method,
         bits,
-        execution or ("external" if alone else "simulated"),
+        execution or ("external" if alone else None),
         out,
         backbone="" if alone else None,  # frames of another program are not of the default network
         per_frame=per_frame,
@@ -542,8 +544,8 @@ def upscale(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a video (.mp4, .mkv, .mov, .m4v, .webm), or a folder of PNG frames")],
     model: Annotated[Path | None, typer.Option(help="written by export; default: the small W4A4 model of this repository")] = None,
     execution: Annotated[
-        str, typer.Option(help="simulated, as restore computes, or packed; doctor says what this machine has")
-    ] = "simulated",
+        str, typer.Option(help="packed, simulated, or auto: packed where this machine has integer kernels; the frames are the same")
+    ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, help="of the noise; default: that of the model's run")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="of sampling; default: the model's")] = None,
     clip: Annotated[str, typer.Option(help="what the noise is keyed by; default: the name of IN, without extension")] = "",
@@ -567,7 +569,7 @@ def upscale(
     run = read_header(file)["run"]
     reproducible(threads or run["threads"], device, run["seed"])
     try:
-        stage.run(
+        execution = stage.run(
             source,
             out,
             file,

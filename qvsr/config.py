@@ -431,6 +431,11 @@ class Config(Settings):
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where the networks run; cuda: each job that runs them asks for one GPU, and two runs agree to rounding only"
     )
+    execution: Literal["auto", "packed", "simulated"] = Field(
+        "auto",
+        description="how quantized networks restore: packed (integers), simulated (floating point on rounded values), or auto: packed where the"
+        " device has integer kernels; the frames are the same",
+    )
     jobs: JobsSettings = JobsSettings()
 
     @field_validator("bits")

@@ -437,8 +437,8 @@ class Plan:
         return rf"(?!(?:{names})-W\d+A)[^/]+" if names else r"[^/]+"
 
     def execution(self, method: str) -> str:
-        """How a row was computed, as its results say."""
-        return "external" if method in self.config.external else "simulated"
+        """The option that says how a row was computed, if its clips do not."""
+        return "--execution external" if method in self.config.external else ""
 
     def suffixes(self, method: str) -> list[str]:
         """Ends of a row's folders, one a noise seed: nothing for the run's own seed, which is the first."""

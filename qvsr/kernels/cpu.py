@@ -31,7 +31,7 @@ from qvsr.kernels.packing import unpack_rows, unpack_weight
 from qvsr.kernels.reference import CONVOLUTIONS, output_shape
 
 KEPT_BELOW = 2**18  # weights of a layer whose layout for oneDNN is kept whatever it is used for
-POSITIONS_PER_INPUT = 0.25  # from here on a layer has many positions: kept weights are few beside its activations
+POSITIONS_PER_INPUT = 0.4  # from here on a layer has many positions: kept weights are few beside its activations
 FRAMES = 16  # ranges of their own up to here are calls of their own
 ROWS = 8192
 LARGEST = 2**31 - 1

@@ -10,11 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvsr.kernels import ops
 from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.layer import EXECUTIONS, KINDS, QuantError, QuantLayer, Timestep
 from qvsr.registry import suggest
 
 RECORD = "quantization_record"
+
+
+def choose_execution(asked: str, device: str) -> str:
+    """The execution that a setting means on a device: `auto` is packed where integer kernels compute it, else simulated.
+
+    Raises:
+        QuantError: a setting that is not known.
+    """
+    if asked != "auto":
+        if asked not in EXECUTIONS:
+            raise QuantError(suggest("execution", asked, ("auto", *EXECUTIONS)))
+        return asked
+    return "packed" if ops.missing(device) is None else "simulated"
 
 
 def excluded(name: str, exclude: Iterable[str]) -> bool:

@@ -293,6 +293,8 @@ def _footnotes(group: Sequence[Summary], settings: Mapping[tuple[str, str], RowS
         notes.append(f"Frames written by another program: {', '.join(sorted({s.method for s in group if s.execution == 'external'}))}.")
     if executions == ["simulated"]:
         notes.append("Quantized rows are simulated: floating point on rounded values.")
+    if executions == ["packed"]:
+        notes.append("Quantized rows are packed: integers in memory, multiplied as integers.")
     found = {s.method: settings[s.method, s.bits] for s in group if (s.method, s.bits) in settings}
     if found:
         notes.append(

@@ -25,7 +25,7 @@ def run(
     dataset: str,
     method: str,
     bits: str,
-    execution: str,
+    execution: str | None,
     out: Path,
     *,
     backbone: str | None = None,
@@ -39,7 +39,7 @@ def run(
         gt: the ground truth likewise; None if no metric needs it.
         fp: the full-precision output likewise.
         clips: names of clips; empty: all, and then every side must have the same.
-        dataset: name of the dataset; stands in each line, as `method`, `bits` and `execution` do.
+        dataset: name of the dataset; stands in each line, as `method`, `bits` and `execution` do; execution None: what the restored clip says, or simulated.
         backbone: likewise; None: the configuration's.
         per_frame: file with one line a clip, metric and frame; None: not written.
         cache: folder of values by content; None: everything is computed.
@@ -58,7 +58,7 @@ def run(
             backbone=config.backbone.name if backbone is None else backbone,
             method=method,
             bits=bits,
-            execution=execution,
+            execution=execution or sides["pred"].info.get("execution", "simulated"),
             seed=config.seed,
             dataset=dataset,
             clip=name,

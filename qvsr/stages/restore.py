@@ -43,18 +43,22 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
         raise RestoreStageError(f"method {method} needs {needs}")
     source = clips.read_clip(lq)
     name = clip_name(lq)
+    execution = None
     frames_TCHW = torch.from_numpy(source.frames_THWC).permute(0, 3, 1, 2).float().div(255).contiguous()
     if method == "bicubic":
         pieces = [bicubic_upscale(frames_TCHW, config.sampling.upscale)]
     else:
         backbone = load_backbone(config.backbone)
         if checkpoint is not None:
+            from qvsr.quant import apply
             from qvsr.quant import checkpoint as quantized
 
             header = quantized.read_header(checkpoint)
             if (header["method"], header["bits"]) != (method, bits):
                 raise RestoreStageError(f"{checkpoint} is {header['method']} {header['bits']}, not {method} {bits}")
             backbone = replace(backbone, unet=cast("InflatedUNet", quantized.load(checkpoint, backbone.unet)))
+            execution = apply.choose_execution(config.execution, config.device)
+            apply.set_execution(backbone.unet, execution)
         device = pick(config.device)
         backbone = moved(backbone, device)
         flow = estimator(config.sampling.flow, config.backbone.flow_weights, device)
@@ -63,5 +67,5 @@ def run(config: Config, method: str, bits: str, checkpoint: Path | None, lq: Pat
             pieces = list(restore_segments(backbone, frames_TCHW, config.sampling, noise, flow, progress=report, clip=name))
     frames_THWC = torch.cat([to_uint8(piece, config.sampling.rounding) for piece in pieces]).numpy()
     draw = clips.lq_draw(source.info)
-    known = {"lq": draw} if draw else {}
+    known = ({"lq": draw} if draw else {}) | ({"execution": execution} if execution else {})
     clips.write_clip(out, frames_THWC, {"source": name, "fps": source.info.get("fps"), "method": method, "bits": bits, **known})

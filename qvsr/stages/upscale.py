@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qvsr.quant.exported import Model
 
 DEFAULT_MODEL = ROOT / "weights" / "mgld-mini-quantvsr-W4A4.safetensors"
-CODE = ("qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py")
+CODE = ("qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py", "qvsr/kernels/csrc/cpu.c")
 PNG_SHARE = 0.35  # of the bytes of raw frames, at least: restored frames of the small model took 0.37 to 0.78
 STATE = "state.json"
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def run(
     out: Path,
     model_file: Path = DEFAULT_MODEL,
     *,
-    execution: str = "simulated",
+    execution: str = "auto",
     seed: int = 42,
     steps: int | None = None,
     clip: str = "",
@@ -63,13 +63,14 @@ def run(
     audio: bool = True,
     overwrite: bool = False,
     device: str = "cpu",
-) -> None:
-    """Upscale one clip.
+) -> str:
+    """Upscale one clip; returns the execution that was used.
 
     Args:
         source: a video, or a folder of PNG or JPEG frames.
         out: a video by its extension, or a folder of PNG frames.
         model_file: written by the export stage.
+        execution: packed, simulated, or auto (:func:`qvsr.quant.apply.choose_execution`).
         seed: of the noise.
         steps: of sampling; None: the model's.
         clip: what the noise is keyed by; empty: the name of `source`.
@@ -83,7 +84,7 @@ def run(
     """
     import torch
 
-    from qvsr.quant import exported
+    from qvsr.quant import apply, exported
 
     check_out(source, out, overwrite)
     opened = clips.open_clip(source)
@@ -91,6 +92,7 @@ def run(
         raise UpscaleError(f"{source}: the video has no frames; give one that has")
     times = times_of(opened, fps) if out.suffix else None
     content = read_through(opened)
+    execution = apply.choose_execution(execution, device)
     model = exported.load(model_file, execution)
     sampling = model.sampling if steps is None else model.sampling.model_copy(update={"steps": steps})
     if not 1 <= sampling.steps <= model.backbone.settings.schedule.timesteps:
@@ -119,6 +121,7 @@ def run(
                 "free some space, then run the same command"
             ) from error
         work.remove()
+    return execution
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:

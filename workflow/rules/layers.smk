@@ -30,6 +30,7 @@ rule layers:
             "qvsr/quantvsr.py",
             "qvsr/quant/**/*.py",
             "qvsr/kernels/**/*.py",
+            "qvsr/kernels/csrc/cpu.c",
             "qvsr/data/calibration.py",
             "qvsr/models/**/*.py",
         ),

@@ -45,4 +45,4 @@ rule measure:
     shell:
         "python -m qvsr measure --config {params.config} --set seed={params.seed} --pred {params.pred} --gt {params.gt} --fp {params.fp} {params.clips}"
         " --dataset {wildcards.dataset} --method {wildcards.method} --bits {wildcards.bits}"
-        " --execution {params.execution} --cache {params.cache} --out {output} > {log} 2>&1"
+        " {params.execution} --cache {params.cache} --out {output} > {log} 2>&1"

@@ -24,6 +24,7 @@ rule quantize:
             "!qvsr/quant/cost.py",
             "qvsr/quantvsr.py",
             "qvsr/kernels/**/*.py",
+            "qvsr/kernels/csrc/cpu.c",
             "qvsr/data/calibration.py",
             "qvsr/devices.py",
             "qvsr/models/**/*.py",

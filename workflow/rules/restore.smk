@@ -21,7 +21,7 @@ rule restore:
     params:
         config=plan.settings_file,
         seed=lambda wildcards: plan.noise_seed(wildcards.seed),
-        settings=plan.digest("backbone", "sampling", "threads", "device"),
+        settings=plan.digest("backbone", "sampling", "threads", "device", "execution"),
         code=code_digest(
             "qvsr/stages/restore.py",
             "qvsr/data/clips.py",
@@ -30,6 +30,7 @@ rule restore:
             "qvsr/quant/**/*.py",
             "!qvsr/quant/cost.py",
             "qvsr/kernels/**/*.py",
+            "qvsr/kernels/csrc/cpu.c",
         ),
     shell:
         "python -m qvsr restore --config {params.config} --method {wildcards.method} --bits {wildcards.bits}"

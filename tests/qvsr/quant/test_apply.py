@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch import nn
 
+from qvsr.kernels import cpu
 from qvsr.quant import apply
 from qvsr.quant.layer import LayerPlan, QuantError, QuantLayer
 from qvsr.quant.observe import observe_inputs
@@ -78,3 +79,12 @@ def test_digest_sees_names_values_and_shapes() -> None:
     assert apply.weights_digest(first) == apply.weights_digest(second)
     second.head.weight.data[0, 0, 0, 0] += 1e-7 + second.head.weight.data[0, 0, 0, 0].abs() * 1e-6
     assert apply.weights_digest(first) != apply.weights_digest(second)
+
+
+def test_auto_is_packed_where_there_are_integer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, expected in ((None, "packed"), ("this CPU has none", "simulated")):
+        monkeypatch.setattr(cpu, "missing", lambda reason=reason: reason)
+        assert apply.choose_execution("auto", "cpu") == expected
+        assert apply.choose_execution("packed", "cpu") == "packed" and apply.choose_execution("simulated", "cpu") == "simulated"
+    with pytest.raises(QuantError, match="no execution 'atuo'; did you mean auto"):
+        apply.choose_execution("atuo", "cpu")

@@ -107,6 +107,16 @@ def test_folders_and_videos_are_paired_by_name(tmp_path: Path) -> None:
     }
 
 
+def test_a_row_says_how_its_clip_was_computed(tmp_path: Path) -> None:
+    """What the restore stage noted; without a note, simulated; what is asked for, before either."""
+    write(tmp_path / "gt", "a", "b")
+    for name, note in (("a", {"execution": "packed"}), ("b", {})):
+        clips.write_clip(tmp_path / "pred" / name, noise(1), {"source": "noise"} | note)
+    for asked, expected in ((None, {"a": "packed", "b": "simulated"}), ("external", {"a": "external", "b": "external"})):
+        rows = stage.run(config(), tmp_path / "pred", tmp_path / "gt", None, [], "", "", "", asked, tmp_path / "out.jsonl", backbone="")
+        assert {row.clip: row.execution for row in rows} == expected
+
+
 def test_two_single_clips_belong_together_whatever_they_are_called(tmp_path: Path) -> None:
     write(tmp_path / "gt", "bikes")
     video = write_video(tmp_path / "restored.mkv", noise(1), "ffv1", "bgr0")

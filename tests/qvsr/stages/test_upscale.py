@@ -78,16 +78,19 @@ def work_of(out: Path) -> Path:
 
 
 def test_frames_are_those_of_the_restore_stage(tmp_path: Path, config: Config, model: Path, lq: Path) -> None:
+    """One simulated, the other packed: a whole clip, sampled in two steps, with the same bytes."""
     checkpoint = model.with_name("q.safetensors")
-    restoring.run(config, "maxmin", "W4A4", checkpoint, lq, tmp_path / "restored")
-    stage.run(lq, tmp_path / "out", model, seed=config.seed, clip="set/walk")  # the restore stage's name of the clip
+    restoring.run(config.model_copy(update={"execution": "simulated"}), "maxmin", "W4A4", checkpoint, lq, tmp_path / "restored")
+    assert clips.read_clip(tmp_path / "restored").info["execution"] == "simulated"
+    clip_name = "set/walk"  # the restore stage's name of the clip
+    assert stage.run(lq, tmp_path / "out", model, execution="packed", seed=config.seed, clip=clip_name) == "packed"
     expected, found = content(tmp_path / "restored"), content(tmp_path / "out")
     assert len(expected) == FRAMES + 1 and expected.keys() == found.keys()
     assert [name for name in expected if name != clips.INFO and expected[name] != found[name]] == []
     clip = clips.read_clip(tmp_path / "out")
     assert clip.size == (72, 52) and clip.info["sha256"] == clips.read_clip(tmp_path / "restored").info["sha256"]
     assert {key: clip.info[key] for key in ("bits", "execution", "seed", "steps", "fps")} == {
-        "bits": "W4A4", "execution": "simulated", "seed": config.seed, "steps": 2, "fps": 10.0,
+        "bits": "W4A4", "execution": "packed", "seed": config.seed, "steps": 2, "fps": 10.0,
     }  # fmt: skip
     assert not work_of(tmp_path / "out").exists()
 
