@@ -8,7 +8,7 @@ READY := .venv/.ready
 SNAKEMAKE := $(BIN)/snakemake
 LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) gpu=$(GPUS) # behind the targets: --resources takes all words that follow it
 
-.PHONY: all setup tables figures smoke test test-slurm rehearsal lint dry reference new-baseline clean
+.PHONY: all setup tables figures smoke test test-slurm rehearsal lint dry bench reference bench-reference new-baseline clean
 .DEFAULT_GOAL := tables
 
 setup: $(READY)
@@ -47,9 +47,15 @@ dry: $(READY)
 reference: tables  ## results/reference and the README's table from this run
 	$(BIN)/python scripts/update_readme.py
 
+bench: $(READY)  ## measure again, on an otherwise idle machine: results/speed
+	$(SNAKEMAKE) results/speed/tables --forcerun bench $(LIMITS)
+
+bench-reference: bench  ## benchmarks/reference and the README's table of speed from this run
+	$(BIN)/python scripts/update_readme.py --speed
+
 new-baseline: $(READY)  ## NAME=mine: a method that runs as it is, its test and its configuration
 	@$(BIN)/python scripts/new_baseline.py "$(if $(filter command,$(origin NAME)),$$NAME)" # only as an argument of make: shells have a NAME too
 
 clean:  ## remove what the runs have written; weights and reference stay
 	rm -rf .snakemake results/clips results/calibration results/quantized results/restored results/measured results/tables \
-	  results/figures results/layers results/benchmarks results/logs results/smoke results/config.json
+	  results/figures results/layers results/benchmarks results/logs results/speed results/smoke results/config.json

@@ -32,6 +32,7 @@ include: "workflow/rules/ablation.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/layers.smk"
 include: "workflow/rules/mini.smk"
+include: "workflow/rules/bench.smk"
 include: "workflow/rules/assets.smk"
 include: "workflow/rules/convert.smk"
 

@@ -20,7 +20,7 @@ import yaml
 from qvsr import plan
 from qvsr.config import Config, ConfigError, explain, schema
 from qvsr.method_settings import PluginSettings
-from qvsr.provenance import atomic_path
+from qvsr.provenance import ROOT, atomic_path
 from qvsr.registry import BASELINES, load_plugin, suggest
 
 app = typer.Typer(
@@ -601,6 +601,45 @@ def doctor(
     found = stage.report()
     typer.echo(json.dumps(found, indent=1) if json_ else stage.show(found))
     stage.require(found, require or [])
+
+
+@app.command()
+def bench(
+    kind: Annotated[str, typer.Argument(help="layers (each by itself), unet (one step), or clip (a whole one, with the exported model)")],
+    out: Annotated[Path, typer.Option("--out", help="json; what holds for all rows appears beside it as NAME.head.json")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="few layers and rounds, the small network, one segment: a look, no result")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="settings; default: the paper's network, the small one for clip and for unet --quick")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="about, for the rounds of each layer, of the U-Net, of the clip")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="of torch; default: as many as there are cores")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="for clip, written by export; default: the small W4A4 model of this repository")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Measure speed and memory of packed layers beside full precision, in one run: ratios, GOP/s, errors."""
+    from qvsr.stages import bench as stage
+
+    stage.check(kind, out)  # before torch is loaded
+    small = kind == "clip" or (quick and kind == "unet")
+    resolved = settings(config or (plan.DEFAULT if small else PAPER if PAPER.exists() else ROOT / PAPER), set_)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    more = {} if model is None else {"model": model}
+    typer.echo(stage.summary(stage.run(resolved, kind, out, quick=quick, threads=threads, seconds=seconds, **more)))
+
+
+@app.command()
+def speed(
+    out: Out,
+    files: Annotated[list[Path], typer.Argument(help="files written by bench, one of each kind at most")],
+) -> None:
+    """Write the tables of measured speed: a page in Markdown, a csv of each kind, and the machine."""
+    from qvsr.stages import bench as stage
+
+    stage.tables(files, out)
 
 
 @app.command("plan")

@@ -3,6 +3,7 @@
 python scripts/update_readme.py           after `make tables`; the ablation too if it was run
 python scripts/update_readme.py --keys    only the table of settings in config/README.md
 python scripts/update_readme.py --paper   only what docs/paper.md and the README say of the paper's size, costs and expected hours: seconds, no weights
+python scripts/update_readme.py --speed   after `make bench`: only benchmarks/reference and the README's table of speed
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]  # so that it runs from any folder, with nothing installed
 REFERENCE = ROOT / "results" / "reference"
+SPEED = ROOT / "benchmarks" / "reference"
 PAPER = ROOT / "config" / "paper.yaml"
 COST, COST_RANK = "cost-paper", 24  # files of the costs at full size, and the rank at which they are counted
 PLANNED = ("a6000", "a100", "h100")  # for which docs/paper.md has hours
@@ -203,13 +205,40 @@ def hours_table() -> str:
     return "\n".join(markdown_table([[header], body], 1))
 
 
+def update_speed(results: Path) -> None:
+    """Copy the tables of `make bench` to benchmarks/reference, and write their short form into the README."""
+    from qvsr.report.speed import Speed
+
+    tables = results / "speed" / "tables"
+    if not (tables / "machine.json").is_file():
+        sys.exit(f"error: no {tables}; run `make bench` first")
+    quick = [kind for kind, head in Speed.of_tables(tables).heads.items() if head["quick"]]
+    if quick:
+        sys.exit(f"error: {', '.join(quick)} of {tables} were measured with --quick, which is no result: run `make bench`")
+    SPEED.mkdir(parents=True, exist_ok=True)
+    for old in SPEED.iterdir():
+        if old.name != "README.md":
+            old.unlink()
+    for file in sorted(tables.iterdir()):
+        if not file.name.startswith("."):
+            shutil.copy(file, SPEED / file.name)
+    replace_between(ROOT / "README.md", "speed", speed_in_readme())
+
+
+def speed_in_readme() -> str:
+    from qvsr.report.speed import PAGE, Speed, short
+
+    return short(Speed.of_tables(SPEED), (SPEED / PAGE).relative_to(ROOT).as_posix())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keys", action="store_true", help="only the table of settings in config/README.md")
     parser.add_argument("--paper", action="store_true", help="only the costs and expected hours at the paper's size")
+    parser.add_argument("--speed", action="store_true", help="only the table of measured speed, after `make bench`")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
-    everything = not (arguments.keys or arguments.paper)
+    everything = not (arguments.keys or arguments.paper or arguments.speed)
     if everything or arguments.keys:
         update_keys()
     if everything or arguments.paper:
@@ -217,6 +246,8 @@ def main() -> None:
         replace_between(ROOT / "docs" / "paper.md", "hours", hours_table())
     if everything:
         update_results(arguments.results)
+    if arguments.speed:
+        update_speed(arguments.results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROWS = (
     ("qvsr.models", "qvsr.kernels", "qvsr.protocols"),
     ("qvsr.quant", "qvsr.data", "metrics"),
     ("qvsr.quantvsr", "qvsr.plan", "qvsr.training"),
-    ("qvsr.results", "qvsr.forecast"),
+    ("qvsr.results", "qvsr.forecast", "qvsr.speed"),
     ("baselines", "qvsr.report", "qvsr.measuring"),
     ("qvsr.stages",),
     ("qvsr.cli",),
