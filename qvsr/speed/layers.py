@@ -75,8 +75,8 @@ class Shape:
 
         A packed layer gets and returns float32; so does a simulated one, whose rounded weight is float32, too.
         """
-        of_weight = variant.bits / 8 if variant.execution == "packed" else 2 if variant.bits == 16 else 4
-        of_maps = 2 if variant.bits == 16 else 4
+        of_weight = variant.bits / 8 if variant.execution == "packed" else 2 if variant.bfloat16 else 4
+        of_maps = 2 if variant.bfloat16 else 4
         return (
             of_maps * (math.prod(self.input) + math.prod(self.output))
             + of_weight * math.prod(self.weight)
@@ -133,8 +133,9 @@ def quantized(module: nn.Module, variant: Variant, name: str, seed: int = 0) -> 
     """A frozen layer; the branch is random, as time does not depend on its values."""
     count, inputs, *kernel = module.weight.shape  # type: ignore[union-attr,misc]
     rank = min(variant.rank, count, inputs * math.prod(kernel))
-    branch = (0.01 * torch.randn(count, rank), 0.01 * torch.randn(rank, inputs, *kernel)) if rank else None
-    layer = QuantLayer.from_float(module, LayerPlan(variant.bits, variant.bits, halves(inputs), True, rank), name, seed, branch=branch)
+    generator = torch.Generator().manual_seed(seed)
+    up, down = (0.01 * torch.randn(size, generator=generator) for size in ((count, rank), (rank, inputs, *kernel)))
+    layer = QuantLayer.from_float(module, LayerPlan(variant.bits, variant.bits, halves(inputs), True, rank), name, seed, branch=(up, down))
     layer.freeze()
     return layer
 
@@ -149,7 +150,7 @@ def calls_of(shape: Shape, variants: Sequence[Variant]) -> tuple[dict[str, Calla
     for variant in variants:
         given = last if variant.channels_last else x
         if variant.execution == "float":
-            module, dtype = shape.module(), torch.bfloat16 if variant.bits == 16 else torch.float32
+            module, dtype = shape.module(), torch.bfloat16 if variant.bfloat16 else torch.float32
             if variant == FP32_LAST and layout is None:
                 continue  # there is no other layout
             how = {"memory_format": layout} if variant.channels_last and layout is not None else {}

@@ -94,7 +94,7 @@ class Memory:
     """Memory of this process, in MB of 1e6 bytes, above what it has now: torch and our modules loaded, inputs there, no network yet."""
 
     def __init__(self) -> None:
-        self._before = self._resident()
+        self._before, self._watched = self._resident(), False
 
     def resident(self) -> float | None:
         """What the process holds now."""

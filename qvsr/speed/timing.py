@@ -41,6 +41,10 @@ class Variant:
     def precision(self) -> str:
         return f"W{self.bits}A{self.bits}"
 
+    @property
+    def bfloat16(self) -> bool:
+        return self.execution == "float" and self.bits == 16
+
 
 FP32, FP32_LAST = Variant("fp32", "float", 32), Variant("fp32 channels last", "float", 32, channels_last=True)
 BF16 = Variant("bf16", "float", 16, channels_last=True)
@@ -157,8 +161,8 @@ def alternate(
 def weighted_geometric_mean(pairs: Iterable[tuple[float, float]]) -> float:
     """Of (ratio, weight).
 
-    >>> weighted_geometric_mean([(2, 3), (8, 1)])  # (2³ · 8) ** ¼
-    2.8284271247461903
+    >>> round(weighted_geometric_mean([(2, 3), (8, 1)]), 6)  # (2³ · 8) ** ¼
+    2.828427
     """
     pairs = list(pairs)
     return math.exp(math.fsum(weight * math.log(ratio) for ratio, weight in pairs) / math.fsum(weight for _, weight in pairs))

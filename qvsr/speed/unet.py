@@ -66,7 +66,7 @@ def network(settings: UNetSettings, variant: Variant, exclude: Sequence[str], fu
         if full is None:
             _draw(module, number)
         if name in layers:
-            layer = quantized(module, variant, name)
+            layer = quantized(module, variant, name, number)
             layer.set_execution(variant.execution)
             apply.replace(net, name, layer)
         elif full is not None:
@@ -92,7 +92,7 @@ def _converted(net: nn.Module, variant: Variant) -> nn.Module:
     """Type and layout, a tensor at a time."""
     for parameter in net.parameters():
         layout = MAPS.get(parameter.dim()) if variant.channels_last else None
-        parameter.data = parameter.data.to(torch.bfloat16 if variant.bits == 16 else parameter.dtype)
+        parameter.data = parameter.data.to(torch.bfloat16 if variant.bfloat16 else parameter.dtype)
         if layout is not None:
             parameter.data = parameter.data.contiguous(memory_format=layout)
     return net
@@ -101,7 +101,7 @@ def _converted(net: nn.Module, variant: Variant) -> nn.Module:
 def step(net: nn.Module, variant: Variant, given: Inputs) -> Callable[[], Tensor]:
     """The call that is timed; inputs have the variant's type and layout before."""
     x, t, context, struct = given
-    dtype = torch.bfloat16 if variant.bits == 16 else torch.float32
+    dtype = torch.bfloat16 if variant.bfloat16 else torch.float32
 
     def laid(maps: Tensor) -> Tensor:
         maps = maps.to(dtype)

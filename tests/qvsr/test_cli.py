@@ -27,6 +27,8 @@ STAGES = (
     "export",
     "upscale",
     "doctor",
+    "bench",
+    "speed",
 )
 
 

@@ -127,3 +127,43 @@ def test_the_example_of_lq_frames_made_here_is_a_configuration(tmp_path: Path) -
     assert {config.datasets[name].degradation.preset for name in made} == {"realbasicvsr"}
     paper = load(ROOT / "config" / "paper.yaml")
     assert config.output != paper.output and all(config.datasets[name].path != paper.datasets[name].path for name in made)
+
+
+def test_the_readme_shows_the_committed_speed() -> None:
+    """And the committed page is what the committed numbers give."""
+    from qvsr.report.speed import Speed, page
+
+    if not (NAMES["SPEED"] / "machine.json").is_file():  # before the first `make bench-reference` of this repository
+        assert between("README.md", "speed") == ""
+        return
+    assert between("README.md", "speed") == NAMES["speed_in_readme"](), "run: make bench-reference"
+    assert (NAMES["SPEED"] / "speed.md").read_text() == page(Speed.of_tables(NAMES["SPEED"])), "run: make bench-reference"
+
+
+def test_speed_is_copied_whole_and_never_from_a_quick_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.qvsr.report import test_speed as measured
+
+    own, reference, results = NAMES["update_speed"].__globals__, tmp_path / "benchmarks" / "reference", tmp_path / "results"
+    monkeypatch.setitem(own, "ROOT", tmp_path)
+    monkeypatch.setitem(own, "SPEED", reference)
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nb\n")
+    with pytest.raises(SystemExit, match=r"^error: no .*results/speed/tables; run `make bench` first$"):
+        NAMES["update_speed"](results)
+    reference.mkdir(parents=True)
+    for file in ("README.md", "clip.csv"):
+        (reference / file).write_text("old")
+    for quick in (True, False):
+        measured.Speed.of_files([measured.write(tmp_path, "unet", quick=quick)]).write(results / "speed" / "tables")
+        if quick:
+            with pytest.raises(
+                SystemExit, match=r"^error: unet of .*tables were measured with --quick, which is no result: run `make bench`$"
+            ):
+                NAMES["update_speed"](results)
+            assert "old" in readme.read_text()
+    NAMES["update_speed"](results)
+    assert {file.name for file in reference.iterdir()} == {"README.md", "speed.md", "unet.csv", "machine.json"}
+    assert (reference / "README.md").read_text() == "old"
+    shown = readme.read_text()
+    assert shown.startswith("a\n<!-- speed: begin -->\nMachine: Processor X") and shown.endswith("\n<!-- speed: end -->\nb\n")
+    assert "](benchmarks/reference/speed.md)" in shown

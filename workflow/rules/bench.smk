@@ -7,10 +7,10 @@ rule bench:
         head="<results>/speed/{kind}.head.json",
     log:
         "<results>/logs/bench/{kind}.log",
-    conda:
-        "../../environment.yml"
     wildcard_constraints:
         kind="layers|unet|clip",
+    conda:
+        "../../environment.yml"
     threads: lambda wildcards: workflow.cores  # asked for when the rule runs, as in mini.smk
     params:
         code=code_digest(

@@ -1,0 +1,38 @@
+"""Measuring speed through the workflow: on request only, alone on the machine, tables of three files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qvsr.speed.timing import KINDS
+from tests.qvsr.report import test_speed as measured
+from tests.workflow import tiny
+
+
+def test_speed_is_measured_on_request_with_all_cores(tmp_path: Path) -> None:
+    project = tiny.make(tmp_path / "project")
+    assert not {"bench", "speed"} & tiny.due(project)
+    done = tiny.snakemake(project, "--dry-run", "results/speed/tables")
+    blocks = re.findall(r"^rule bench:$(.*?)^    output: (\S+), (\S+)$(.*?)^$", done.stdout + done.stderr, flags=re.MULTILINE | re.DOTALL)
+    assert {(rows, head) for _, rows, head, _ in blocks} == {
+        (f"results/speed/{kind}.json", f"results/speed/{kind}.head.json") for kind in KINDS
+    }
+    assert all("threads: 2" in rest for *_, rest in blocks)  # as many as the run has: nothing runs beside it
+
+
+def test_tables_of_what_was_measured(tmp_path: Path) -> None:
+    project = tiny.make(tmp_path / "project")
+    folder = project / "results" / "speed"
+    folder.mkdir(parents=True)
+    for kind in KINDS:
+        measured.write(folder, kind)
+    assert tiny.due(project, "results/speed/tables") == {"speed"}
+    assert tiny.due(project, "results/speed/tables", "--forcerun", "bench") == {"bench", "speed"}  # what `make bench` asks for
+    done = tiny.snakemake(project, "results/speed/tables")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {file.name for file in (folder / "tables").iterdir() if not file.name.startswith(".")} == {
+        "speed.md",
+        "machine.json",
+        *(f"{kind}.csv" for kind in KINDS),
+    }
