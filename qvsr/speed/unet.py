@@ -59,13 +59,15 @@ def network(settings: UNetSettings, variant: Variant, exclude: Sequence[str], fu
 
     with torch.device("meta"):
         net: nn.Module = InflatedUNet(settings).eval().requires_grad_(False)
-    layers = apply.quantizable(net, exclude) if variant.execution != "float" else {}
+    chosen = (
+        set(apply.quantizable(net, exclude)) if variant.execution != "float" else set()
+    )  # names: the layers themselves are to go, one by one
     own = [name for name, module in net.named_modules() if next(module.parameters(recurse=False), None) is not None]
     for number, name in enumerate(own):
         module = net.get_submodule(name) if full is None else full.get_submodule(name)
         if full is None:
             _draw(module, number)
-        if name in layers:
+        if name in chosen:
             layer = quantized(module, variant, name, number)
             layer.set_execution(variant.execution)
             apply.replace(net, name, layer)
