@@ -59,9 +59,8 @@ def network(settings: UNetSettings, variant: Variant, exclude: Sequence[str], fu
 
     with torch.device("meta"):
         net: nn.Module = InflatedUNet(settings).eval().requires_grad_(False)
-    chosen = (
-        set(apply.quantizable(net, exclude)) if variant.execution != "float" else set()
-    )  # names: the layers themselves are to go, one by one
+    # names alone: the layers in float32 are to go, one by one
+    chosen = set(apply.quantizable(net, exclude)) if variant.execution != "float" else set()
     own = [name for name, module in net.named_modules() if next(module.parameters(recurse=False), None) is not None]
     for number, name in enumerate(own):
         module = net.get_submodule(name) if full is None else full.get_submodule(name)
