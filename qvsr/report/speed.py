@@ -287,23 +287,32 @@ def _shapes_table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         by_layer.setdefault(row.name, {})[row.variant] = row
     shown = [name for name in dict.fromkeys(row.variant for row in rows) if not name.startswith("fp32")]
-    total = sum(row.count * row.macs for row in {row.name: row for row in rows}.values())
+    lowest = _lowest(rows)
+    total = sum(own["fp32"].count * own["fp32"].macs for own in by_layer.values())
+    header = ["Layer", "Input", "×", "Share", "fp32 (ms)", "GOP/s", *shown, f"{lowest.partition(' ')[2]}: GOP/s", "GB/s", "roofline"]
     body = []
     for own in sorted(by_layer.values(), key=lambda own: -own["fp32"].count * own["fp32"].macs):
-        first = own["fp32"]
-        sizes = "×".join(map(str, first.shape)), "×".join(map(str, first.input))
-        cells = [f"{1e3 * first.seconds_fp32:.2f}", f"{2 * first.macs / first.seconds_fp32 / 1e9:.0f}"]
+        first, last = own["fp32"], own[lowest]
         body.append(
             [
-                f"{first.kind} {sizes[0]}",
-                sizes[1],
+                f"{first.kind} {'×'.join(map(str, first.shape))}",
+                "×".join(map(str, first.input)),
                 str(first.count),
-                f"{100 * first.count * first.macs / total:.1f} %",
-                *cells,
+                _percent(first.count * first.macs / total, 1),
+                f"{1e3 * first.seconds_fp32:.2f}",
+                f"{2 * first.macs / first.seconds_fp32 / 1e9:.0f}",
                 *(_times(own[name].ratio_fp32) if name in own else "–" for name in shown),
+                f"{last.gops:.0f}",
+                _number(last.gb_s, 1),
+                _percent(last.roofline),
             ]
         )
-    return markdown_table([[["Layer", "Input", "×", "Share", "fp32 (ms)", "GOP/s", *shown]], body], 2)
+    return markdown_table([[header], body], 2)
+
+
+def _lowest(rows: Sequence[Row]) -> str:
+    """The packed variant of fewest bits without a branch."""
+    return min((row for row in rows if row.execution == "packed"), key=lambda row: (row.rank, int(row.bits.partition("A")[2]))).variant
 
 
 def _unet(rows: Sequence[Row], head: Mapping[str, Any]) -> list[str]:
@@ -416,8 +425,8 @@ def _times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}×"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+def _percent(share: float | None, digits: int = 0) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def _number(value: float | None, digits: int) -> str:

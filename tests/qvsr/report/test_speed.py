@@ -72,7 +72,7 @@ def row(variant: str, seconds: float, **more: Any) -> Row:
 LAYERS = [
     row("fp32", 1.0, count=3),
     row("fp32 channels last", 2.0, count=3),
-    row("packed W4A4", 0.25, count=3, error=2e-7, roofline=0.4),
+    row("packed W4A4", 0.25, count=3, error=2e-7, roofline=0.4, gb_s=12.5),
     row("fp32", 1.0, name="b", kind="Linear", shape=(4, 4), macs=5 * 10**8),
     row("packed W4A4", 2.0, name="b", kind="Linear", shape=(4, 4), macs=5 * 10**8, error=3e-6, roofline=0.1),
 ]
@@ -188,7 +188,7 @@ def test_the_page(files: list[Path]) -> None:
     assert "2 shapes, 4 layers, each by itself" in text
     mean, *_ = lines_of(text, "packed W4A4")
     assert mean == ["packed W4A4", "2.97×", "0.50×", "4.00×", "0.74×", "0.50×", "4.00×", "2.75", "1.45×", "18 %", "3.0e-06"]
-    assert lines_of(text, "Conv2d 4×4×3×3") == [["Conv2d 4×4×3×3", "5×4×8×8", "3", "85.7 %", "1000.00", "2", "4.00×"]]
+    assert lines_of(text, "Conv2d 4×4×3×3") == [["Conv2d 4×4×3×3", "5×4×8×8", "3", "85.7 %", "1000.00", "2", "4.00×", "8", "12.5", "40 %"]]
     assert lines_of(text, "packed W4A4 r24") == [
         ["packed W4A4 r24", "2.00 (1.80 to 2.20)", "4.00×", "0.12×", "1", "50 %", "1,000 (25 %)", "–", "40.0 (40.0)"]
     ]
