@@ -156,6 +156,7 @@ def run(
         for variant in variants_of(header):
             log.info("%s: memory, in a process of its own", variant.name)
             single[variant] = Measured(**in_a_process(f"{__name__}:alone", {**job, "variant": variant.name}, facts["threads"]))
+            log.info("  %s", single[variant])
         log.info("all together: times")
         both = in_a_process(f"{__name__}:together", job, facts["threads"])
     height, width = found.shape[1:3]

@@ -150,6 +150,14 @@ class Measured:
     peak_mb: float | None
     resident_mb: float | None
 
+    def __str__(self) -> str:
+        memory = (
+            f"peak {self.peak_mb:,.0f} MB, {self.resident_mb:,.0f} at rest"
+            if self.peak_mb and self.resident_mb
+            else "memory is not known here"
+        )
+        return f"{memory}{''.join(f', {one:.1f} s' for one in self.seconds)}"
+
 
 def in_a_process(work: str, job: Mapping[str, Any], threads: int) -> Any:
     """Call ``function`` of ``module``, given as ``module:function``, with a job in a new process; returns its result, both plain values.

@@ -193,6 +193,7 @@ def run(config: Config, peaks: Peaks, facts: dict[str, Any], backend: str, secon
             f"{__name__}:alone", {**job, "variant": variant.name, "rounds": 1 if variant == SIMULATED else 2}, facts["threads"]
         )
         single[variant] = Measured(**measured)
+        log.info("  %s", single[variant])
     last = Times.of(single[FP32_LAST].seconds).median < Times.of(single[FP32].seconds).median
     log.info("all together: times")
     both = in_a_process(f"{__name__}:together", {**job, "channels_last": last}, facts["threads"])

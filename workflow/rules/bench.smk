@@ -1,4 +1,4 @@
-# Measured speed and memory, on request: `make bench`. Each measurement takes all cores, so that no other job of the run disturbs it; `unet` needs 12 GB.
+# Measured speed and memory, on request: `make bench`. Each measurement takes all cores, so that no other job of the run disturbs it; `unet` needs about 11 GB.
 
 
 rule bench:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qvsr.speed.machine import Peaks, in_a_process
+from qvsr.speed.machine import Measured, Peaks, in_a_process
 from qvsr.speed.timing import BenchError
 
 
@@ -37,3 +37,8 @@ def test_a_process_that_fails_says_why() -> None:
         in_a_process("tests.qvsr.speed.work:fail", {"variant": "W4A4", "threads": 1}, 1)
     with pytest.raises(BenchError, match=r"^the process of end W4A4 ended with 7: without a word$"):
         in_a_process("tests.qvsr.speed.work:end", {"variant": "W4A4", "threads": 1}, 1)
+
+
+def test_what_the_log_says_of_a_process() -> None:
+    assert str(Measured((1.234, 2.0), 5120.4, 700.0)) == "peak 5,120 MB, 700 at rest, 1.2 s, 2.0 s"
+    assert str(Measured((1.0,), None, None)) == "memory is not known here, 1.0 s"
