@@ -19,6 +19,7 @@ from typing import Any
 from qvsr.report.tables import csv_text, markdown_table, plural
 from qvsr.speed.timing import FP32_LAST, HEAD, KINDS, BenchError, Row, decibels, weighted_geometric_mean
 
+EQUAL = "same bytes"  # packed as simulated
 MACHINE = "machine.json"
 PAGE = "speed.md"
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
@@ -358,7 +359,7 @@ def _peak(row: Row, rows: Sequence[Row]) -> str:
 
 def _decibels(row: Row) -> list[str]:
     if row.sqnr_db is None:
-        return ["–"]
+        return [EQUAL if row.error == 0 else "–"]
     return [f"{row.sqnr_db:.1f} ({_number(decibels(row.error_floor), 1)})"]
 
 
@@ -384,7 +385,7 @@ def clip_table(rows: Sequence[Row]) -> list[str]:
             _times(row.ratio_fp32),
             _peak(row, rows),
             _number(row.resident_mb, 0),
-            _number(row.psnr_db, 1),
+            EQUAL if row.psnr_db is None and row.error == 0 else _number(row.psnr_db, 1),
             _number(row.psnr_fp_db, 1),
         ]
         for row in rows
@@ -434,4 +435,4 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _error(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1e}"
+    return "–" if value is None else f"{value:.1e}" if value else EQUAL
