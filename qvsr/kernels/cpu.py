@@ -1,14 +1,14 @@
 """Packed layers on a CPU: unsigned 8-bit activations times signed 8-bit weights through the integer kernels that PyTorch ships.
 
 A weight of up to 8 bits is centred to fit 8 signed bits: ``w - c`` with c as near to the zero point as possible. Up to 7 bits c nearly
-always *is* the zero point; at 8 bits the difference r = c - zero_point remains, and r times the sum of the inputs is added, which is one
-thin product more. There are two ways, with the same sums:
+always *is* the zero point; at 8 bits the difference r = c - zero_point remains, and r times the sum of the inputs is added. There are two
+ways, with the same whole numbers; :mod:`qvsr.kernels.finish` scales them while they are in the cache:
 
-- oneDNN's quantized operators, for layers with many positions: they add scale, zero point and bias in the same pass, but want the weight
-  in a layout of their own, whose making takes a few nanoseconds a weight. It is kept: these layers have few weights.
+- oneDNN's quantized operators, for layers with many positions: scales of 1 make them return the sums. They want the weight in a layout of
+  their own, whose making takes some 3 ns a weight. It is kept: these layers have few weights.
 - `torch._int_mm` with plain matrices, for layers with many weights and few positions, and wherever frames or tokens have ranges of their
-  own. The weight is unpacked a few output channels at a time and thrown away, the scales are applied to each block of sums while it is in
-  the cache. A convolution becomes a matrix product by laying out the 8-bit inputs of each position side by side.
+  own. The weight is unpacked a few output channels at a time and thrown away. A convolution becomes a matrix product by laying out the
+  8-bit inputs of each position side by side.
 
 Without VNNI instructions the kernels add pairs of products in 16 bits, which saturates: then nothing here is used (:func:`missing`).
 """

@@ -12,9 +12,9 @@ laid out for the size of the input.
 A layer is *open* while a method works on it: it holds the floating-point weight, and L1, L2 can be trained through the rounding
 (ranges stay as they were first measured, as published). `freeze` turns it into integers for good.
 
-Execution is *simulated*: floating point on rounded values, the rounded weight kept beside its integers; or, of a frozen layer, *packed*:
-integers multiplied by the operators of :mod:`qvsr.kernels.ops`, the weight packed in memory. Both round the same rotated input on the same
-grid, so their integers are equal; the outputs differ in the rounding of float32 sums. Packed convolutions return channels last.
+Execution is *simulated*: floating point on rounded values; or, of a frozen layer, *packed*: integers multiplied by the operators of
+:mod:`qvsr.kernels.ops`, the weight packed in memory. A frozen layer multiplies whole numbers in both, which float32 adds exactly, and shares
+the rest, so both give the same bytes; its convolutions return channels last. Open layers, gradients and float64 multiply the rounded values.
 """
 
 from __future__ import annotations
