@@ -1,0 +1,448 @@
+// The kernel of matmul.cu and conv.cu: sums of products of integers on tensor cores, and what makes numbers of them.
+#pragma once
+
+#include <algorithm>
+
+#include "mma.cuh"
+#include "pack.cuh"
+
+#ifdef QVSR_EMULATE
+#define __grid_constant__
+#endif
+
+namespace qvsr {
+
+// Where a row of the result looks in q: along three axes, at in = out * stride - padding + tap * dilation.
+struct Window {
+    int in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+};
+
+// A part as the kernel wants it.
+struct Part : QvsrPart {
+    int width;      // bytes of a row of q that hold values, filled up to 16
+    int tap_steps;  // steps of 64 bytes of a tap
+};
+
+// All that the kernel is told.
+struct Gemm {
+    Part part[QVSR_MAX_PARTS];
+    Window window;
+    int64_t M, N, rank;
+    void* out;
+    const float *bias, *thin, *up;
+    int *partial, *tickets;  // of the workspace: sums of the tiles, and how many blocks have added to each
+    float weight_top;        // largest weight
+    int parts, taps, empty_box, steps, dtype;
+    bool pairs;  // two neighbours of the result can be stored at once
+};
+
+// A block's tile of the result: WARPS_M x WARPS_N warps, each with 16 MT rows and 8 NT columns.
+template <int WARPS_M, int WARPS_N, int MT, int NT, int STAGES_, int BLOCKS_>
+struct Tile {
+    static constexpr int ROWS = WARPS_M * MT * 16, COLUMNS = WARPS_N * NT * 8, THREADS = WARPS_M * WARPS_N * 32;
+    static constexpr int M_TILES = MT, N_TILES = NT, STAGES = STAGES_, WARPS_IN_ROW = WARPS_N;
+    static constexpr int BLOCKS = BLOCKS_;             // that registers are to suffice for on a multiprocessor
+    static constexpr int SUMS = MT * NT * 4;           // of a thread
+    static constexpr int RANKS = 8;                    // of the low-rank branch at a time
+
+    template <int FORM>
+    __host__ __device__ static constexpr int stage_bytes() {
+        return ROWS * SUM_BYTES + COLUMNS / TILE_CHANNELS * tile_bytes(FORM);
+    }
+    static_assert(ROWS <= THREADS, "a thread a row gathers facts");
+};
+using Large = Tile<2, 4, 4, 4, 4, 1>;  // 128 x 128
+using Small = Tile<2, 2, 2, 4, 4, 4>;  // 64 x 64
+
+// Where 16 bytes of a row of q lie in shared memory: rows are 64 bytes, and their quarters change places so that the same quarter of eight
+// rows, which ldmatrix reads at once, lies in eight different sixteenths of 128 bytes, that is in all 32 banks.
+__device__ __forceinline__ int place(int row, int quarter) { return row * SUM_BYTES + (quarter ^ (row >> 1 & 3)) * 16; }
+
+// A row of the result: its frame, and where its window begins in q. No row: begins so far outside that no tap is inside.
+struct Position {
+    int frame, at[3];
+
+    __device__ __forceinline__ Position(const Window& w, int64_t m, int64_t M) {
+        constexpr int OUTSIDE = -(1 << 30);
+        uint32_t rest = uint32_t(m < M ? m : 0);
+#pragma unroll
+        for (int axis = 2; axis >= 0; --axis) {
+            at[axis] = int(rest % uint32_t(w.out[axis])) * w.stride[axis] - w.padding[axis];
+            rest /= uint32_t(w.out[axis]);
+        }
+        frame = int(rest);
+        if (m >= M) at[0] = OUTSIDE;
+    }
+
+    // The pixel of q under a tap; -1 outside.
+    __device__ __forceinline__ int64_t pixel(const Window& w, int i, int j, int k) const {
+        const int z = at[0] + i * w.dilation[0], y = at[1] + j * w.dilation[1], x = at[2] + k * w.dilation[2];
+        if (unsigned(z) >= unsigned(w.in[0]) || unsigned(y) >= unsigned(w.in[1]) || unsigned(x) >= unsigned(w.in[2])) return -1;
+        return ((int64_t(frame) * w.in[0] + z) * w.in[1] + y) * w.in[2] + x;
+    }
+};
+
+// What a block copies, step by step: 64 bytes of its rows of q under a tap of a part, and the tiles of weights that belong to them.
+template <class T, int FORM>
+struct Feed {
+    static constexpr int TILE = tile_bytes(FORM), CHUNKS = T::COLUMNS / TILE_CHANNELS * (TILE / 16);
+    const Gemm& g;
+    const int64_t columns;  // of tiles of weights
+    const int64_t first_column;
+    Position position[2];
+    const uint8_t *row[2], *tiles;
+    int part, tap[3], byte;
+
+    __device__ __forceinline__ Feed(const Gemm& g, int64_t first_row, int64_t first_channel)
+        : g(g),
+          columns(ceil_div(g.N, TILE_CHANNELS)),
+          first_column(first_channel / TILE_CHANNELS),
+          position{{g.window, first_row + int(threadIdx.x) / 4, g.M}, {g.window, first_row + int(threadIdx.x) / 4 + T::THREADS / 4, g.M}} {
+        static_assert(T::ROWS * 4 == 2 * T::THREADS, "a thread copies 16 bytes of two rows");
+    }
+
+    // Go to a step, counted over all parts.
+    __device__ __forceinline__ void start(int step) {
+        for (part = 0; step >= g.taps * g.part[part].tap_steps; ++part) step -= g.taps * g.part[part].tap_steps;
+        int rest = step / g.part[part].tap_steps;
+        byte = step % g.part[part].tap_steps * SUM_BYTES;
+        tap[2] = rest % g.window.kernel[2], rest /= g.window.kernel[2];
+        tap[1] = rest % g.window.kernel[1], tap[0] = rest / g.window.kernel[1];
+        tiles = g.part[part].tiles + (step * columns + first_column) * TILE;
+        aim();
+    }
+
+    // Find the rows of q under the tap.
+    __device__ __forceinline__ void aim() {
+        const Part& p = g.part[part];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t pixel = position[i].pixel(g.window, tap[0], tap[1], tap[2]);
+            row[i] = pixel < 0 ? nullptr : p.q + pixel * p.pitch;
+        }
+    }
+
+    __device__ __forceinline__ void copy(unsigned char* stage) const {
+        const int quarter = int(threadIdx.x) % 4, offset = byte + quarter * 16, width = g.part[part].width;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const bool inside = row[i] && offset < width;
+            copy_async(stage + place(int(threadIdx.x) / 4 + i * (T::THREADS / 4), quarter), inside ? row[i] + offset : g.part[part].q, inside);
+        }
+        stage += T::ROWS * SUM_BYTES;
+#pragma unroll
+        for (int chunk = int(threadIdx.x); chunk < CHUNKS; chunk += T::THREADS) {
+            const bool inside = first_column + chunk / (TILE / 16) < columns;
+            copy_async(stage + chunk * 16, inside ? tiles + chunk * 16 : g.part[part].tiles, inside);
+        }
+    }
+
+    __device__ __forceinline__ void next() {
+        tiles += columns * TILE;
+        byte += SUM_BYTES;
+        if (byte < g.part[part].width) return;
+        byte = 0;
+        if (++tap[2] == g.window.kernel[2]) {
+            tap[2] = 0;
+            if (++tap[1] == g.window.kernel[1]) {
+                tap[1] = 0;
+                if (++tap[0] == g.window.kernel[0]) {
+                    tap[0] = 0;
+                    if (++part == g.parts) return;  // the end
+                    tiles = g.part[part].tiles + first_column * TILE;
+                }
+            }
+        }
+        aim();
+    }
+};
+
+// What scales and corrects the sums of a row, for one part.
+template <class T>
+struct Facts {
+    float scale[T::ROWS], zero[T::ROWS], reach[T::ROWS];  // reach: inputs times the largest |q - zero|
+    int total[T::ROWS], box[T::ROWS], inputs[T::ROWS];    // of the taps inside: sum of q, number of the box, how many inputs
+
+    __device__ __forceinline__ void gather(const Gemm& g, const Part& p, int64_t first_row) {
+        const int i = int(threadIdx.x);
+        if (i >= T::ROWS) return;
+        const Window& w = g.window;
+        const Position position(w, first_row + i, g.M);
+        int lo[3], hi[3], taps = 1, number = 0;
+#pragma unroll
+        for (int axis = 0; axis < 3; ++axis) {
+            const int before = position.at[axis] < 0 ? (w.dilation[axis] - 1 - position.at[axis]) / w.dilation[axis] : 0;
+            lo[axis] = min(before, w.kernel[axis]);
+            const int room = w.in[axis] - 1 - position.at[axis];
+            hi[axis] = min(room < 0 ? -1 : room / w.dilation[axis], w.kernel[axis] - 1);
+            taps *= max(0, hi[axis] - lo[axis] + 1);
+            number = number * int(intervals(w.kernel[axis])) + int(interval(lo[axis], hi[axis]));
+        }
+        int sum = 0;
+        int64_t pixel = 0;
+        if (first_row + i < g.M) pixel = int64_t(position.frame) * w.in[0] * w.in[1] * w.in[2];
+        if (taps)
+            for (int a = lo[0]; a <= hi[0]; ++a)
+                for (int b = lo[1]; b <= hi[1]; ++b)
+                    for (int c = lo[2]; c <= hi[2]; ++c) {
+                        const int64_t at = position.pixel(w, a, b, c);
+                        sum += __ldg(p.totals + at);
+                        if (g.taps == 1) pixel = at;
+                    }
+        box[i] = taps ? number : g.empty_box;
+        inputs[i] = taps * int(p.K);
+        total[i] = sum;
+        scale[i] = __ldg(p.scale + pixel / p.group);
+        zero[i] = __ldg(p.zero_point + pixel / p.group);
+        reach[i] = float(inputs[i]) * fmaxf(fabsf(zero[i]), fabsf(255.0f - zero[i]));
+    }
+};
+
+// The sum of (q - z) (w - v) over `inputs` values from the sums of q w, q and w, where 32 bits do not hold it. Zero points are whole numbers
+// in float32 and can be huge: where 64 bits do not hold a product either, it is one of float32, of numbers each of which is nearly exact.
+__device__ __forceinline__ float wide_sum(uint32_t products, int total, float z, int weights, float v, int inputs) {
+    constexpr float INT = 2147483648.0f, LONG = 4e18f;
+    if (!(fabsf(v) < INT)) return fmaf(-v, fmaf(-z, float(inputs), float(total)), fmaf(-z, float(weights), float(products)));
+    const long long first = (long long)products - (long long)v * total, second = weights - (long long)v * inputs;
+    if (fabsf(z) < INT * INT && fabsf(z) * fabsf(float(second)) < LONG) return float(first - (long long)z * second);
+    return fmaf(-z, float(second), float(first));
+}
+
+__device__ __forceinline__ void store(const Gemm& g, int64_t m, int64_t n, float first, float second) {
+    if (m >= g.M || n >= g.N) return;
+    const int64_t at = m * g.N + n;
+    const bool both = n + 1 < g.N;
+    if (g.dtype == QVSR_FLOAT32) {
+        float* out = static_cast<float*>(g.out) + at;
+        if (g.pairs) return void(*reinterpret_cast<float2*>(out) = make_float2(first, second));
+        out[0] = first;
+        if (both) out[1] = second;
+        return;
+    }
+    uint32_t low, high;
+    if (g.dtype == QVSR_FLOAT16) {
+        const __half x = __float2half_rn(first), y = __float2half_rn(second);
+        low = reinterpret_cast<const uint16_t&>(x), high = reinterpret_cast<const uint16_t&>(y);
+    } else {
+        const __nv_bfloat16 x = __float2bfloat16_rn(first), y = __float2bfloat16_rn(second);
+        low = reinterpret_cast<const uint16_t&>(x), high = reinterpret_cast<const uint16_t&>(y);
+    }
+    uint16_t* out = static_cast<uint16_t*>(g.out) + at;
+    if (g.pairs) return void(*reinterpret_cast<uint32_t*>(out) = low | high << 16);
+    out[0] = uint16_t(low);
+    if (both) out[1] = uint16_t(high);
+}
+
+// Bytes of shared memory: the stages, whose place the low-rank branch takes over at the end, and the facts.
+template <class T, int FORM>
+constexpr int shared_bytes() {
+    static_assert(T::RANKS * (T::ROWS + T::COLUMNS + 8) * 4 <= T::STAGES * T::template stage_bytes<FORM>(), "the branch fits where the stages were");
+    return T::STAGES * T::template stage_bytes<FORM>() + int(sizeof(Facts<T>)) + 16;
+}
+
+// Whether the chip that is compiled for has the instructions.
+template <int FORM>
+__host__ __device__ constexpr bool possible() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return FORM != QVSR_NIBBLES;
+#else
+    return true;
+#endif
+}
+
+template <class T, int FORM>
+__device__ __forceinline__ void compute(const Gemm& g) {
+    constexpr int MT = T::M_TILES, NT = T::N_TILES, STAGE = T::template stage_bytes<FORM>(), TILE = tile_bytes(FORM);
+    QVSR_SHARED(memory);
+    auto& facts = *reinterpret_cast<Facts<T>*>(memory + T::STAGES * STAGE);
+    int& ticket = *reinterpret_cast<int*>(memory + T::STAGES * STAGE + sizeof(Facts<T>));
+
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int warp_row = warp / T::WARPS_IN_ROW * MT * 16, warp_column = warp % T::WARPS_IN_ROW * NT * 8;  // in the block's tile
+    const int tiles_n = int(ceil_div(g.N, T::COLUMNS)), tile = int(blockIdx.x), splits = int(gridDim.y);
+    const int64_t first_row = int64_t(tile / tiles_n) * T::ROWS, first_channel = int64_t(tile % tiles_n) * T::COLUMNS;
+
+    // Steps of the sum that are this block's, over all parts.
+    const int begin = int(int64_t(g.steps) * blockIdx.y / splits), end = int(int64_t(g.steps) * (blockIdx.y + 1) / splits);
+    Feed<T, FORM> feed(g, first_row, first_channel);
+    feed.start(begin);
+    int fetched = begin, step = begin;
+#pragma unroll
+    for (int i = 0; i < T::STAGES - 1; ++i) {
+        if (fetched < end) feed.copy(memory + i * STAGE), feed.next(), ++fetched;
+        close_group();
+    }
+
+    int sums[MT][NT][4];      // of products of integers, modulo 2^32
+    float result[MT][NT][4];  // of the parts, scaled
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; ++i) result[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+
+    int part_begin = 0, read_stage = 0, write_stage = T::STAGES - 1;
+    for (int round = 0; round < (splits == 1 ? g.parts : 2 * g.parts); ++round) {
+        const Part& p = g.part[round < g.parts ? round : round - g.parts];
+#pragma unroll
+        for (int i = 0; i < MT * NT * 4; ++i) sums[i / 4 / NT][i / 4 % NT][i % 4] = 0;
+        int* partial = g.partial + ((int64_t(tile) * g.parts + round % g.parts) * T::SUMS) * T::THREADS + threadIdx.x;
+
+        if (round < g.parts) {
+            const int part_end = part_begin + g.taps * p.tap_steps, stop = min(end, part_end);
+            const bool mine = step < stop;
+            int byte = step < stop ? (step - part_begin) % p.tap_steps * SUM_BYTES : 0;
+            for (; step < stop; ++step) {
+                wait_groups<T::STAGES - 2>();  // this step's copies have come, and
+                __syncthreads();               // those of all threads; all have read the stage that is written next
+                if (fetched < end) feed.copy(memory + write_stage * STAGE), feed.next(), ++fetched;
+                close_group();
+                write_stage = write_stage + 1 == T::STAGES ? 0 : write_stage + 1;
+
+                const unsigned char *rows = memory + read_stage * STAGE, *weights = rows + T::ROWS * SUM_BYTES;
+                read_stage = read_stage + 1 == T::STAGES ? 0 : read_stage + 1;
+                uint32_t b[NT][4];
+#pragma unroll
+                for (int n = 0; n < NT; ++n) load_tile<FORM>(b[n], weights + (warp_column / 8 + n) * TILE, lane);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (byte + half * 32 >= p.width) break;  // only zeros
+                    uint32_t a[MT][4];
+#pragma unroll
+                    for (int m = 0; m < MT; ++m) load_matrices(a[m], rows + place(warp_row + m * 16 + lane % 16, half * 2 + lane / 16));
+#pragma unroll
+                    for (int m = 0; m < MT; ++m)
+#pragma unroll
+                        for (int n = 0; n < NT; ++n) {
+                            if constexpr (FORM == QVSR_NIBBLES) multiply_nibbles(sums[m][n], a[m], b[n][half * 2], b[n][half * 2 + 1]);
+                            else multiply_bytes(sums[m][n], a[m], b[n][half * 2], b[n][half * 2 + 1]);
+                        }
+                }
+                byte += SUM_BYTES;
+                if (byte >= p.width) byte = 0;
+            }
+            part_begin = part_end;
+
+            if (splits > 1) {  // add to what other blocks have; integers come to the same in any order
+                if (mine) {
+#pragma unroll
+                    for (int i = 0; i < T::SUMS; ++i) atomicAdd(partial + i * T::THREADS, sums[i / 4 / NT][i / 4 % NT][i % 4]);
+                }
+                if (round < g.parts - 1) continue;
+                __threadfence();
+                __syncthreads();
+                if (threadIdx.x == 0) ticket = atomicAdd(g.tickets + tile, 1);
+                __syncthreads();
+                if (ticket != splits - 1) return;  // the last block goes on
+                __threadfence();
+                if (threadIdx.x == 0) g.tickets[tile] = 0;
+                continue;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < T::SUMS; ++i) {
+                sums[i / 4 / NT][i / 4 % NT][i % 4] = load_shared_by_blocks(partial + i * T::THREADS);
+                partial[i * T::THREADS] = 0;  // as the next launch wants it
+            }
+        }
+
+        // result += scale weight_scale (sum of (q - zero) (w - weight_zero))
+        __syncthreads();  // the facts of the part before have been read
+        facts.gather(g, p, first_row);
+        __syncthreads();
+        const int full_box = g.empty_box - 1, inputs = g.taps * int(p.K);
+        float step_size[NT][2], weight_zero[NT][2], largest = 0.0f;
+        uint32_t centre[NT][2];  // sum of w - weight_zero over all taps
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
+                const bool inside = channel < g.N;
+                step_size[n][c] = inside ? __ldg(p.w_scale + channel * p.w_stride) : 0.0f;
+                const float zero = weight_zero[n][c] = inside ? __ldg(p.w_zero_point + channel * p.w_stride) : 0.0f;
+                largest = fmaxf(largest, fmaxf(fabsf(zero), fabsf(g.weight_top - zero)));
+                centre[n][c] = (inside ? uint32_t(__ldg(p.boxes + full_box * g.N + channel)) : 0) - uint32_t(int(zero)) * uint32_t(inputs);
+            }
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = warp_row + m * 16 + h * 8 + lane / 4, box = facts.box[row];
+                const float zero = facts.zero[row], scale = facts.scale[row];
+                const bool narrow = facts.reach[row] * largest < 2147483392.0f;  // 32 bits hold the sum, and what wraps around on the way is right
+                if (narrow) {
+#pragma unroll
+                    for (int i = 0; i < NT * 2; ++i) {
+                        const int n = i / 2, c = i % 2;
+                        const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
+                        const uint32_t products = uint32_t(sums[m][n][2 * h + c]), v = uint32_t(int(weight_zero[n][c]));
+                        uint32_t middle = centre[n][c];
+                        if (box != full_box) middle = uint32_t(channel < g.N ? __ldg(p.boxes + box * g.N + channel) : 0) - v * uint32_t(facts.inputs[row]);
+                        const int value = int(products - v * uint32_t(facts.total[row]) - uint32_t(int(zero)) * middle);
+                        result[m][n][2 * h + c] = fmaf(float(value) * step_size[n][c], scale, result[m][n][2 * h + c]);
+                    }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < NT * 2; ++i) {
+                        const int n = i / 2, c = i % 2;
+                        const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
+                        const int weights = channel < g.N ? __ldg(p.boxes + box * g.N + channel) : 0;
+                        const float value = wide_sum(uint32_t(sums[m][n][2 * h + c]), facts.total[row], zero, weights, weight_zero[n][c], facts.inputs[row]);
+                        result[m][n][2 * h + c] = fmaf(value * step_size[n][c], scale, result[m][n][2 * h + c]);
+                    }
+                }
+            }
+    }
+
+    // result += thin up^T, RANKS of the rank at a time
+    wait_groups<0>();
+    float* thin = reinterpret_cast<float*>(memory);  // RANKS rows, a few values longer than the tile: then writing has no conflicts of banks
+    float* up = thin + T::RANKS * (T::ROWS + 4);
+    for (int64_t first = 0; first < g.rank; first += T::RANKS) {
+        __syncthreads();
+        for (int i = int(threadIdx.x); i < T::RANKS * (T::ROWS + T::COLUMNS); i += T::THREADS) {
+            const int r = i % T::RANKS, place = i / T::RANKS;
+            const bool of_thin = place < T::ROWS;
+            const int64_t line = of_thin ? first_row + place : first_channel + place - T::ROWS;
+            const bool inside = first + r < g.rank && line < (of_thin ? g.M : g.N);
+            const float value = inside ? __ldg((of_thin ? g.thin : g.up) + line * g.rank + first + r) : 0.0f;
+            (of_thin ? thin + r * (T::ROWS + 4) + place : up + r * (T::COLUMNS + 4) + place - T::ROWS)[0] = value;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < T::RANKS; ++r) {
+            float x[NT][2];
+#pragma unroll
+            for (int n = 0; n < NT * 2; ++n) x[n / 2][n % 2] = up[r * (T::COLUMNS + 4) + warp_column + n / 2 * 8 + lane % 4 * 2 + n % 2];
+#pragma unroll
+            for (int m = 0; m < MT * 2; ++m) {
+                const float y = thin[r * (T::ROWS + 4) + warp_row + m / 2 * 16 + m % 2 * 8 + lane / 4];
+#pragma unroll
+                for (int n = 0; n < NT * 2; ++n) {
+                    float& to = result[m / 2][n / 2][m % 2 * 2 + n % 2];
+                    to = fmaf(y, x[n / 2][n % 2], to);
+                }
+            }
+        }
+    }
+
+    // + bias, and out
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2;
+        const float first = g.bias && channel < g.N ? __ldg(g.bias + channel) : 0.0f, second = g.bias && channel + 1 < g.N ? __ldg(g.bias + channel + 1) : 0.0f;
+#pragma unroll
+        for (int m = 0; m < MT * 2; ++m) {
+            const float* r = result[m / 2][n] + m % 2 * 2;
+            store(g, first_row + warp_row + m / 2 * 16 + m % 2 * 8 + lane / 4, channel, r[0] + first, r[1] + second);
+        }
+    }
+}
+
+template <class T, int FORM>
+__global__ void __launch_bounds__(T::THREADS, T::BLOCKS) gemm(const __grid_constant__ Gemm g) {
+    if constexpr (possible<FORM>()) compute<T, FORM>(g);
+}
+
+// Checks what is the same for both operators, chooses tiles and splits, and starts the kernel; in matmul.cu.
+int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& window, int64_t M, cudaStream_t stream);
+
+}  // namespace qvsr
