@@ -27,13 +27,14 @@ struct Part : QvsrPart {
 struct Gemm {
     Part part[QVSR_MAX_PARTS];
     Window window;
-    int64_t M, N, rank;
+    int64_t M, rank;
     void* out;
     const float *bias, *thin, *up;
     int *partial, *tickets;  // of the workspace: sums of the tiles, and how many blocks have added to each
     float weight_top;        // largest weight
-    int parts, taps, empty_box, steps, dtype;
-    bool pairs;  // two neighbours of the result can be stored at once
+    int N, parts, taps, empty_box, steps, dtype;
+    int columns;  // of tiles of weights
+    bool pairs;   // two neighbours of the result can be stored at once
 };
 
 // A block's tile of the result: WARPS_M x WARPS_N warps, each with 16 MT rows and 8 NT columns.
@@ -52,17 +53,17 @@ struct Tile {
     static_assert(ROWS <= THREADS, "a thread a row gathers facts");
 };
 using Large = Tile<2, 4, 4, 4, 4, 1>;  // 128 x 128
-using Small = Tile<2, 2, 2, 4, 4, 4>;  // 64 x 64
+using Small = Tile<2, 2, 2, 4, 4, 3>;  // 64 x 64
 
 // Where 16 bytes of a row of q lie in shared memory: rows are 64 bytes, and their quarters change places so that the same quarter of eight
 // rows, which ldmatrix reads at once, lies in eight different sixteenths of 128 bytes, that is in all 32 banks.
 __device__ __forceinline__ int place(int row, int quarter) { return row * SUM_BYTES + (quarter ^ (row >> 1 & 3)) * 16; }
 
 // A row of the result: its frame, and where its window begins in q. No row: begins so far outside that no tap is inside.
-struct Position {
+struct alignas(16) Position {
     int frame, at[3];
 
-    __device__ __forceinline__ Position(const Window& w, int64_t m, int64_t M) {
+    __device__ __forceinline__ void set(const Window& w, int64_t m, int64_t M) {
         constexpr int OUTSIDE = -(1 << 30);
         uint32_t rest = uint32_t(m < M ? m : 0);
 #pragma unroll
@@ -86,20 +87,15 @@ struct Position {
 template <class T, int FORM>
 struct Feed {
     static constexpr int TILE = tile_bytes(FORM), CHUNKS = T::COLUMNS / TILE_CHANNELS * (TILE / 16);
+    static_assert(T::ROWS * 4 == 2 * T::THREADS, "a thread copies 16 bytes of two rows");
     const Gemm& g;
-    const int64_t columns;  // of tiles of weights
-    const int64_t first_column;
-    Position position[2];
+    const Position* positions;  // of all rows of the block, in shared memory
+    const int first_column;     // of tiles of weights
     const uint8_t *row[2], *tiles;
     int part, tap[3], byte;
 
-    __device__ __forceinline__ Feed(const Gemm& g, int64_t first_row, int64_t first_channel)
-        : g(g),
-          columns(ceil_div(g.N, TILE_CHANNELS)),
-          first_column(first_channel / TILE_CHANNELS),
-          position{{g.window, first_row + int(threadIdx.x) / 4, g.M}, {g.window, first_row + int(threadIdx.x) / 4 + T::THREADS / 4, g.M}} {
-        static_assert(T::ROWS * 4 == 2 * T::THREADS, "a thread copies 16 bytes of two rows");
-    }
+    __device__ __forceinline__ Feed(const Gemm& g, const Position* positions, int first_channel)
+        : g(g), positions(positions), first_column(first_channel / TILE_CHANNELS) {}
 
     // Go to a step, counted over all parts.
     __device__ __forceinline__ void start(int step) {
@@ -108,7 +104,7 @@ struct Feed {
         byte = step % g.part[part].tap_steps * SUM_BYTES;
         tap[2] = rest % g.window.kernel[2], rest /= g.window.kernel[2];
         tap[1] = rest % g.window.kernel[1], tap[0] = rest / g.window.kernel[1];
-        tiles = g.part[part].tiles + (step * columns + first_column) * TILE;
+        tiles = g.part[part].tiles + (int64_t(step) * g.columns + first_column) * TILE;
         aim();
     }
 
@@ -117,7 +113,7 @@ struct Feed {
         const Part& p = g.part[part];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int64_t pixel = position[i].pixel(g.window, tap[0], tap[1], tap[2]);
+            const int64_t pixel = positions[int(threadIdx.x) / 4 + i * (T::THREADS / 4)].pixel(g.window, tap[0], tap[1], tap[2]);
             row[i] = pixel < 0 ? nullptr : p.q + pixel * p.pitch;
         }
     }
@@ -132,13 +128,13 @@ struct Feed {
         stage += T::ROWS * SUM_BYTES;
 #pragma unroll
         for (int chunk = int(threadIdx.x); chunk < CHUNKS; chunk += T::THREADS) {
-            const bool inside = first_column + chunk / (TILE / 16) < columns;
+            const bool inside = first_column + chunk / (TILE / 16) < g.columns;
             copy_async(stage + chunk * 16, inside ? tiles + chunk * 16 : g.part[part].tiles, inside);
         }
     }
 
     __device__ __forceinline__ void next() {
-        tiles += columns * TILE;
+        tiles += int64_t(g.columns) * TILE;
         byte += SUM_BYTES;
         if (byte < g.part[part].width) return;
         byte = 0;
@@ -149,7 +145,7 @@ struct Feed {
                 if (++tap[0] == g.window.kernel[0]) {
                     tap[0] = 0;
                     if (++part == g.parts) return;  // the end
-                    tiles = g.part[part].tiles + first_column * TILE;
+                    tiles = g.part[part].tiles + int64_t(first_column) * TILE;
                 }
             }
         }
@@ -160,34 +156,37 @@ struct Feed {
 // What scales and corrects the sums of a row, for one part.
 template <class T>
 struct Facts {
+    Position position[T::ROWS];
     float scale[T::ROWS], zero[T::ROWS], reach[T::ROWS];  // reach: inputs times the largest |q - zero|
     int total[T::ROWS], box[T::ROWS], inputs[T::ROWS];    // of the taps inside: sum of q, number of the box, how many inputs
 
-    __device__ __forceinline__ void gather(const Gemm& g, const Part& p, int64_t first_row) {
+    __device__ __forceinline__ void gather(const Gemm& g, const Part& p) {
         const int i = int(threadIdx.x);
         if (i >= T::ROWS) return;
         const Window& w = g.window;
-        const Position position(w, first_row + i, g.M);
+        const Position at = position[i];
         int lo[3], hi[3], taps = 1, number = 0;
 #pragma unroll
         for (int axis = 0; axis < 3; ++axis) {
-            const int before = position.at[axis] < 0 ? (w.dilation[axis] - 1 - position.at[axis]) / w.dilation[axis] : 0;
+            const int before = at.at[axis] < 0 ? (w.dilation[axis] - 1 - at.at[axis]) / w.dilation[axis] : 0;
             lo[axis] = min(before, w.kernel[axis]);
-            const int room = w.in[axis] - 1 - position.at[axis];
+            const int room = w.in[axis] - 1 - at.at[axis];
             hi[axis] = min(room < 0 ? -1 : room / w.dilation[axis], w.kernel[axis] - 1);
             taps *= max(0, hi[axis] - lo[axis] + 1);
             number = number * int(intervals(w.kernel[axis])) + int(interval(lo[axis], hi[axis]));
         }
         int sum = 0;
-        int64_t pixel = 0;
-        if (first_row + i < g.M) pixel = int64_t(position.frame) * w.in[0] * w.in[1] * w.in[2];
+        int64_t pixel = int64_t(at.frame) * w.in[0] * w.in[1] * w.in[2];
         if (taps)
+#pragma unroll 1
             for (int a = lo[0]; a <= hi[0]; ++a)
+#pragma unroll 1
                 for (int b = lo[1]; b <= hi[1]; ++b)
+#pragma unroll 1
                     for (int c = lo[2]; c <= hi[2]; ++c) {
-                        const int64_t at = position.pixel(w, a, b, c);
-                        sum += __ldg(p.totals + at);
-                        if (g.taps == 1) pixel = at;
+                        const int64_t inside = at.pixel(w, a, b, c);
+                        sum += __ldg(p.totals + inside);
+                        if (g.taps == 1) pixel = inside;
                     }
         box[i] = taps ? number : g.empty_box;
         inputs[i] = taps * int(p.K);
@@ -208,7 +207,7 @@ __device__ __forceinline__ float wide_sum(uint32_t products, int total, float z,
     return fmaf(-z, float(second), float(first));
 }
 
-__device__ __forceinline__ void store(const Gemm& g, int64_t m, int64_t n, float first, float second) {
+__device__ __forceinline__ void store(const Gemm& g, int64_t m, int n, float first, float second) {
     if (m >= g.M || n >= g.N) return;
     const int64_t at = m * g.N + n;
     const bool both = n + 1 < g.N;
@@ -260,16 +259,18 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int warp_row = warp / T::WARPS_IN_ROW * MT * 16, warp_column = warp % T::WARPS_IN_ROW * NT * 8;  // in the block's tile
     const int tiles_n = int(ceil_div(g.N, T::COLUMNS)), tile = int(blockIdx.x), splits = int(gridDim.y);
-    const int64_t first_row = int64_t(tile / tiles_n) * T::ROWS, first_channel = int64_t(tile % tiles_n) * T::COLUMNS;
+    const int64_t first_row = int64_t(tile / tiles_n) * T::ROWS;
+    const int first_channel = tile % tiles_n * T::COLUMNS;
 
     // Steps of the sum that are this block's, over all parts.
     const int begin = int(int64_t(g.steps) * blockIdx.y / splits), end = int(int64_t(g.steps) * (blockIdx.y + 1) / splits);
-    Feed<T, FORM> feed(g, first_row, first_channel);
+    if (threadIdx.x < T::ROWS) facts.position[threadIdx.x].set(g.window, first_row + threadIdx.x, g.M);
+    __syncthreads();
+    Feed<T, FORM> feed(g, facts.position, first_channel);
     feed.start(begin);
-    int fetched = begin, step = begin;
 #pragma unroll
     for (int i = 0; i < T::STAGES - 1; ++i) {
-        if (fetched < end) feed.copy(memory + i * STAGE), feed.next(), ++fetched;
+        if (begin + i < end) feed.copy(memory + i * STAGE), feed.next();
         close_group();
     }
 
@@ -278,7 +279,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
 #pragma unroll
     for (int i = 0; i < MT * NT * 4; ++i) result[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
 
-    int part_begin = 0, read_stage = 0, write_stage = T::STAGES - 1;
+    int step = begin, part_begin = 0;
     for (int round = 0; round < (splits == 1 ? g.parts : 2 * g.parts); ++round) {
         const Part& p = g.part[round < g.parts ? round : round - g.parts];
 #pragma unroll
@@ -292,12 +293,10 @@ __device__ __forceinline__ void compute(const Gemm& g) {
             for (; step < stop; ++step) {
                 wait_groups<T::STAGES - 2>();  // this step's copies have come, and
                 __syncthreads();               // those of all threads; all have read the stage that is written next
-                if (fetched < end) feed.copy(memory + write_stage * STAGE), feed.next(), ++fetched;
+                if (step + T::STAGES - 1 < end) feed.copy(memory + (step - begin + T::STAGES - 1) % T::STAGES * STAGE), feed.next();
                 close_group();
-                write_stage = write_stage + 1 == T::STAGES ? 0 : write_stage + 1;
 
-                const unsigned char *rows = memory + read_stage * STAGE, *weights = rows + T::ROWS * SUM_BYTES;
-                read_stage = read_stage + 1 == T::STAGES ? 0 : read_stage + 1;
+                const unsigned char *rows = memory + (step - begin) % T::STAGES * STAGE, *weights = rows + T::ROWS * SUM_BYTES;
                 uint32_t b[NT][4];
 #pragma unroll
                 for (int n = 0; n < NT; ++n) load_tile<FORM>(b[n], weights + (warp_column / 8 + n) * TILE, lane);
@@ -345,7 +344,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
 
         // result += scale weight_scale (sum of (q - zero) (w - weight_zero))
         __syncthreads();  // the facts of the part before have been read
-        facts.gather(g, p, first_row);
+        facts.gather(g, p);
         __syncthreads();
         const int full_box = g.empty_box - 1, inputs = g.taps * int(p.K);
         float step_size[NT][2], weight_zero[NT][2], largest = 0.0f;
@@ -354,12 +353,12 @@ __device__ __forceinline__ void compute(const Gemm& g) {
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
+                const int channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
                 const bool inside = channel < g.N;
                 step_size[n][c] = inside ? __ldg(p.w_scale + channel * p.w_stride) : 0.0f;
                 const float zero = weight_zero[n][c] = inside ? __ldg(p.w_zero_point + channel * p.w_stride) : 0.0f;
                 largest = fmaxf(largest, fmaxf(fabsf(zero), fabsf(g.weight_top - zero)));
-                centre[n][c] = (inside ? uint32_t(__ldg(p.boxes + full_box * g.N + channel)) : 0) - uint32_t(int(zero)) * uint32_t(inputs);
+                centre[n][c] = (inside ? uint32_t(__ldg(p.boxes + int64_t(full_box) * g.N + channel)) : 0) - uint32_t(int(zero)) * uint32_t(inputs);
             }
 #pragma unroll
         for (int m = 0; m < MT; ++m)
@@ -367,15 +366,16 @@ __device__ __forceinline__ void compute(const Gemm& g) {
             for (int h = 0; h < 2; ++h) {
                 const int row = warp_row + m * 16 + h * 8 + lane / 4, box = facts.box[row];
                 const float zero = facts.zero[row], scale = facts.scale[row];
+                const int first = first_channel + warp_column + lane % 4 * 2;
+                const int32_t* weights = p.boxes + int64_t(box) * g.N + first;  // of channels first + n * 8 + c
                 const bool narrow = facts.reach[row] * largest < 2147483392.0f;  // 32 bits hold the sum, and what wraps around on the way is right
                 if (narrow) {
 #pragma unroll
                     for (int i = 0; i < NT * 2; ++i) {
                         const int n = i / 2, c = i % 2;
-                        const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
                         const uint32_t products = uint32_t(sums[m][n][2 * h + c]), v = uint32_t(int(weight_zero[n][c]));
                         uint32_t middle = centre[n][c];
-                        if (box != full_box) middle = uint32_t(channel < g.N ? __ldg(p.boxes + box * g.N + channel) : 0) - v * uint32_t(facts.inputs[row]);
+                        if (box != full_box) middle = uint32_t(first + n * 8 + c < g.N ? __ldg(weights + n * 8 + c) : 0) - v * uint32_t(facts.inputs[row]);
                         const int value = int(products - v * uint32_t(facts.total[row]) - uint32_t(int(zero)) * middle);
                         result[m][n][2 * h + c] = fmaf(float(value) * step_size[n][c], scale, result[m][n][2 * h + c]);
                     }
@@ -383,9 +383,8 @@ __device__ __forceinline__ void compute(const Gemm& g) {
 #pragma unroll
                     for (int i = 0; i < NT * 2; ++i) {
                         const int n = i / 2, c = i % 2;
-                        const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
-                        const int weights = channel < g.N ? __ldg(p.boxes + box * g.N + channel) : 0;
-                        const float value = wide_sum(uint32_t(sums[m][n][2 * h + c]), facts.total[row], zero, weights, weight_zero[n][c], facts.inputs[row]);
+                        const int total = first + n * 8 + c < g.N ? __ldg(weights + n * 8 + c) : 0;
+                        const float value = wide_sum(uint32_t(sums[m][n][2 * h + c]), facts.total[row], zero, total, weight_zero[n][c], facts.inputs[row]);
                         result[m][n][2 * h + c] = fmaf(value * step_size[n][c], scale, result[m][n][2 * h + c]);
                     }
                 }
@@ -401,13 +400,13 @@ __device__ __forceinline__ void compute(const Gemm& g) {
         for (int i = int(threadIdx.x); i < T::RANKS * (T::ROWS + T::COLUMNS); i += T::THREADS) {
             const int r = i % T::RANKS, place = i / T::RANKS;
             const bool of_thin = place < T::ROWS;
-            const int64_t line = of_thin ? first_row + place : first_channel + place - T::ROWS;
+            const int64_t line = of_thin ? first_row + place : int64_t(first_channel) + place - T::ROWS;
             const bool inside = first + r < g.rank && line < (of_thin ? g.M : g.N);
             const float value = inside ? __ldg((of_thin ? g.thin : g.up) + line * g.rank + first + r) : 0.0f;
             (of_thin ? thin + r * (T::ROWS + 4) + place : up + r * (T::COLUMNS + 4) + place - T::ROWS)[0] = value;
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 2
         for (int r = 0; r < T::RANKS; ++r) {
             float x[NT][2];
 #pragma unroll
@@ -427,7 +426,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     // + bias, and out
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        const int64_t channel = first_channel + warp_column + n * 8 + lane % 4 * 2;
+        const int channel = first_channel + warp_column + n * 8 + lane % 4 * 2;
         const float first = g.bias && channel < g.N ? __ldg(g.bias + channel) : 0.0f, second = g.bias && channel + 1 < g.N ? __ldg(g.bias + channel + 1) : 0.0f;
 #pragma unroll
         for (int m = 0; m < MT * 2; ++m) {

@@ -83,7 +83,7 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
         g.part[i].tap_steps = int(ceil_div(g.part[i].width, SUM_BYTES));
         steps += int64_t(g.taps) * g.part[i].tap_steps;
     }
-    g.M = M, g.N = l.N, g.rank = l.rank, g.out = l.out, g.bias = l.bias, g.thin = l.thin, g.up = l.up;
+    g.M = M, g.N = int(l.N), g.columns = int(ceil_div(l.N, TILE_CHANNELS)), g.rank = l.rank, g.out = l.out, g.bias = l.bias, g.thin = l.thin, g.up = l.up;
     g.weight_top = float((1 << l.weight_bits) - 1);
     g.parts = l.parts, g.steps = int(steps), g.dtype = l.dtype;
     g.pairs = l.N % 2 == 0 && aligned(l.out, l.dtype == QVSR_FLOAT32 ? 8 : 4);
