@@ -114,7 +114,9 @@ def _run(command: Sequence[str]) -> str:
     except OSError as error:
         raise BuildError(f"{' '.join(command)}: {error.strerror or error}") from error
     if done.returncode:
-        raise BuildError(f"{first_error(done.stdout + done.stderr) or f'exit code {done.returncode}'}; the command was: {' '.join(command)}")
+        raise BuildError(
+            f"{first_error(done.stdout + done.stderr) or f'exit code {done.returncode}'}; the command was: {' '.join(command)}"
+        )
     return done.stdout + done.stderr
 
 

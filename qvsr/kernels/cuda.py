@@ -1,0 +1,674 @@
+"""Packed layers on a GPU: the operators of :mod:`qvsr.kernels.ops` by the kernels of ``csrc/``, through ctypes.
+
+A call checks its tensors, fills in the structures of ``csrc/quantize.h`` and ``csrc/api.h`` and starts kernels on PyTorch's current stream of the
+tensors' own device. Nothing here waits for the device. The way from an input to an output:
+
+    quantize_activation   x -> q, scale, zero point; and the sums of q's rows, which are kept beside q as long as q is
+    matmul / conv_packed  the weight in the tensor cores' order, made at its first use and kept as long as the weight is -> the output
+
+Where there is no library (no ``nvcc``, a build that fails), layers still compute, by PyTorch's own operators: integers through
+``torch._int_mm`` where shapes allow it, else in floating point. That is said once, with the reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from ctypes import byref, c_int64
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qvsr.kernels import build, header, ops, reference
+from qvsr.kernels.packing import row_bytes, unpack_weight
+from qvsr.kernels.reference import output_shape, spread
+from qvsr.kernels.rotate import rotate
+
+GRANULARITIES = {name: index for index, name in enumerate(ops.GRANULARITIES)}
+DENSE = 128  # channels above which a matrix that has no factors is left to the library of matrix products
+BLOCK = 2**24  # sums of the fallback at a time
+
+log = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+class CudaError(ops.OperatorError):
+    """A kernel could not be started; the message has the operator and the reason that the library or the driver gave."""
+
+
+# ---------------------------------------------------------------- the library
+
+
+@lru_cache(maxsize=1)
+def interface() -> header.Header:
+    """What the headers of ``csrc/`` declare."""
+    return header.read((build.SOURCES / name).read_text() for name in ("quantize.h", "api.h"))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A built library with the types of its functions.
+
+    Raises:
+        CudaError: it cannot be loaded, or lacks a function.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in interface().functions.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise CudaError(f"the kernels' library {path} cannot be used: {error}; remove it, and it is built again") from error
+    return library
+
+
+# ---------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What kernels are chosen by: compute capability as ``10 · major + minor``, multiprocessors, bytes of shared memory a block can have."""
+
+    architecture: int
+    multiprocessors: int
+    shared: int
+
+
+@lru_cache(maxsize=64)
+def _chip_of(index: int) -> Chip:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", 0)
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, shared)
+
+
+def _chip(x: Tensor) -> Chip:
+    return _chip_of(x.get_device())
+
+
+_libraries: dict[int, ctypes.CDLL | str] = {}  # by architecture; or why there is none
+
+
+def _library_of(architecture: int) -> ctypes.CDLL | str:
+    if architecture not in _libraries:
+        try:
+            if architecture < min(build.ARCHITECTURES):
+                raise CudaError(f"compute capability {architecture / 10} is below {min(build.ARCHITECTURES) / 10}")
+            _libraries[architecture] = load(build.find_or_build([architecture]).path)
+        except (build.BuildError, CudaError) as error:
+            _libraries[architecture] = str(error)
+    return _libraries[architecture]
+
+
+def _library(x: Tensor) -> ctypes.CDLL | None:
+    """The kernels for the device of `x`; None, said once, where there are none."""
+    found = _library_of(_chip(x).architecture)
+    if not isinstance(found, str):
+        return found
+    if found not in _said:
+        _said.add(found)
+        log.warning("packed layers on the GPU are computed by PyTorch's own operators, more slowly: %s", found)
+    return None
+
+
+def missing(index: int = 0) -> str | None:
+    """Why the kernels cannot be used on a GPU, in one line; None where they can. Builds nothing."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver for it"
+    architecture = _chip_of(index).architecture
+    found = _libraries.get(architecture)
+    if isinstance(found, str):
+        return found
+    if found is None and architecture < min(build.ARCHITECTURES):
+        return f"compute capability {architecture / 10} is below {min(build.ARCHITECTURES) / 10}"
+    if found is None and build.find_nvcc() is None:
+        return "there is no nvcc to build the kernels; install NVIDIA's CUDA toolkit, or name the compiler in CUDACXX"
+    return None
+
+
+def _where(x: Tensor) -> tuple[AbstractContextManager[Any], int | None]:
+    """The device of `x` as the current one, and its current stream."""
+    if not x.is_cuda:  # under emulation, which tests use
+        return nullcontext(), None
+    return torch.cuda.device(x.device), torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _three(values: Sequence[int]) -> Any:
+    return (c_int64 * 3)(*values)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(name: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Each tensor is float32, contiguous, and on the device of the first argument."""
+    for what, tensor in tensors.items():
+        if tensor is None:
+            continue
+        _check_device(name, what, tensor, device)
+        if tensor.dtype != torch.float32:
+            raise ops.OperatorError(f"{name}: {what} is {str(tensor.dtype).removeprefix('torch.')}, float32 is needed")
+        _check_layout(name, what, tensor)
+
+
+def _check_device(name: str, what: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ops.OperatorError(f"{name}: {what} is on {tensor.device}, other arguments are on {device}; move it there")
+
+
+def _check_layout(name: str, what: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ops.OperatorError(f"{name}: {what} {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous; call contiguous()")
+
+
+def _started(name: str, code: int, message: Any) -> None:
+    if code:
+        raise CudaError(f"{name}: the kernel was not started: {message(code).decode()} (code {code})")
+
+
+# ---------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of quantized rows beside their integers."""
+
+    bits: int
+    totals: Tensor
+
+
+_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_factors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def quantize_activation(
+    x: Tensor,
+    start: int,
+    stop: int,
+    channels_first: bool,
+    left: bool,
+    rotation: Sequence[Tensor],
+    signs: Tensor | None,
+    bits: int,
+    granularity: str,
+    symmetric: bool,
+    floor: float,
+    clip: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`; maps whose channels come last in memory are taken as they are.
+
+    NaN in `x` makes scales NaN: on a GPU an error would have to wait for the device.
+    """
+    name = "quantize_activation"
+    channels = x.shape[1 if channels_first else -1] if x.dim() > 1 else 0
+    if not 0 <= start < stop <= channels:
+        raise ops.OperatorError(f"{name}: channels {start} to {stop} are not among the {channels} of x {tuple(x.shape)}")
+    if granularity not in GRANULARITIES:
+        raise ops.OperatorError(f"{name}: granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
+    if not (2 <= bits <= 8 or bits == 16):
+        raise ops.OperatorError(f"{name}: {bits} bits are not possible; 2 to 8 are, and 16")
+    if x.dtype != torch.float32:
+        raise ops.OperatorError(f"{name}: x is {str(x.dtype).removeprefix('torch.')}, float32 is needed")
+    last = not channels_first or x.movedim(1, -1).is_contiguous()
+    if not (last and channels_first):
+        _check_layout(name, "x", x)
+    _check(name, x.device, signs=signs, clip=clip, scale=scale, zero_point=zero_point)
+    for factor in rotation:
+        _check_device(name, "rotation", factor, x.device)
+    fixed = scale is not None and zero_point is not None
+    if not x.numel() and not fixed:
+        raise ops.OperatorError(f"{name}: x {tuple(x.shape)} is empty and so has no range; a layer returns its empty output itself")
+    library = _library(x)
+    if library is None or bits == 16 or not x.numel():
+        rest = (left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point)
+        return reference.quantize_activation(x, start, stop, channels_first, *rest)
+    if rotation and len(rotation) == 1 and len(rotation[0]) > DENSE and signs is None:
+        return _rotated_before(
+            x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point
+        )
+
+    outside = (x.shape[0], *x.shape[2:]) if channels_first else tuple(x.shape[:-1])
+    ranges = {"tensor": (), "frame": outside[:1], "token": outside}[granularity] if not fixed else ()
+    q = x.new_empty((*outside, stop - start), dtype=torch.uint8)
+    found_scale, found_zero = x.new_empty(ranges), x.new_empty(ranges)
+    totals = x.new_empty(math.prod(outside), dtype=torch.int32)
+    keys = x.new_empty(0 if fixed or granularity == "token" else 2 * max(1, math.prod(ranges)), dtype=torch.int32)
+    call = interface().structures["QvsrActivation"](
+        x=x.data_ptr(),
+        frames=outside[0],
+        tokens=math.prod(outside[1:]),
+        channels=channels,
+        start=start,
+        K=stop - start,
+        signs=_pointer(signs),
+        clip=_pointer(clip),
+        fixed_scale=_pointer(scale) if fixed else None,
+        fixed_zero=_pointer(zero_point) if fixed else None,
+        q=q.data_ptr(),
+        scale=found_scale.data_ptr(),
+        zero_point=found_zero.data_ptr(),
+        totals=totals.data_ptr(),
+        keys=keys.data_ptr() if keys.numel() else None,
+        shared_limit=_chip(x).shared,
+        channels_first=not last,
+        signs_last=left,
+        norm=1.0 if signs is None else 1 / math.sqrt(stop - start),
+        bits=bits,
+        granularity=GRANULARITIES["tensor" if fixed else granularity],
+        symmetric=symmetric,
+        floor=floor,
+    )
+    held = _fill(call, rotation, left)
+    here, stream = _where(x)
+    with here:
+        code = library.qvsr_quantize(byref(call), stream)
+    if code == interface().numbers["QVSR_QUANTIZE_CHANNELS"]:
+        return _rotated_before(
+            x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point
+        )
+    _started(name, code, library.qvsr_quantize_message)
+    del held
+    _rows[q] = _Rows(bits, totals)
+    return q, found_scale, found_zero
+
+
+def _rotated_before(
+    x: Tensor, start: int, stop: int, channels_first: bool, left: bool, rotation: Sequence[Tensor], signs: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    piece = rotate(x.narrow(1 if channels_first else -1, start, stop - start), rotation, signs, left, channels_first)
+    return quantize_activation(piece.contiguous(), 0, stop - start, channels_first, left, [], None, *rest)
+
+
+def _fill(call: Any, rotation: Sequence[Tensor], left: bool) -> list[Tensor]:
+    """Write the factors into a call: neighbours that are Sylvester's matrices as one. What is returned must live until the call is made."""
+    held: list[Tensor] = []
+    count, most = 0, interface().numbers["QVSR_MAX_FACTORS"]
+    for factor in rotation:
+        size, matrix = len(factor), _matrix_of(factor, left)
+        if matrix is None and count and not call.factor[count - 1].matrix:
+            call.factor[count - 1].size *= size
+            continue
+        if count == most:
+            raise ops.OperatorError(f"quantize_activation: a rotation of {len(rotation)} factors; up to {most} are possible")
+        call.factor[count].size = size
+        if matrix is not None:
+            call.factor[count].matrix, call.factor[count].pitch = matrix.data_ptr(), matrix.shape[1]
+            held.append(matrix)
+        count += 1
+    call.factors = count
+    return held
+
+
+def _matrix_of(factor: Tensor, left: bool) -> Tensor | None:
+    """A factor as the kernel reads it, float32 with rows of a multiple of four; None for Sylvester's. Kept as long as the factor is."""
+    kept = _factors.setdefault(factor, {})
+    if left not in kept:
+        n = len(factor)
+        sylvester = torch.ones(1, 1)
+        while len(sylvester) < n:
+            sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), sylvester)
+        if n > 1 and len(sylvester) == n and torch.equal(factor.cpu().float(), sylvester):
+            kept[left] = None
+        else:
+            padded = factor.new_zeros(n, -(-n // 4) * 4, dtype=torch.float32)
+            padded[:, :n] = (factor.T if left else factor).float()
+            kept[left] = padded
+    return kept[left]
+
+
+# ---------------------------------------------------------------- weights
+
+
+@dataclass
+class _Weight:
+    """A packed weight in the order of the tensor cores: tiles and boxes (``csrc/api.h``) by form, a part each."""
+
+    version: int
+    forms: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+
+_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _tiles(
+    library: ctypes.CDLL, name: str, weight: Tensor, bits: int, form: int, parts: Sequence[int], kernel: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Made at the first use of a weight, and kept as long as it is."""
+    found: _Weight | None = _weights.get(weight)
+    if found is None or found.version != weight._version:
+        found = _weights[weight] = _Weight(weight._version)
+    if form in found.forms:
+        return found.forms[form]
+    made, offset, taps = [], 0, math.prod(kernel)
+    here, stream = _where(weight)
+    values = sum(parts) * taps
+    for size in parts:
+        bytes_of, boxes_of = (
+            library.qvsr_tiles_bytes(len(weight), size, _three(kernel), form),
+            library.qvsr_boxes_count(len(weight), _three(kernel)),
+        )
+        for code in (bytes_of, boxes_of):
+            _started(name, min(code, 0), library.qvsr_message)
+        tiles, boxes = weight.new_empty(bytes_of), weight.new_empty(boxes_of, dtype=torch.int32)
+        with here:
+            code = library.qvsr_repack(
+                weight.data_ptr(),
+                weight.stride(0),
+                values,
+                offset,
+                bits,
+                len(weight),
+                size,
+                _three(kernel),
+                form,
+                tiles.data_ptr(),
+                boxes.data_ptr(),
+                stream,
+            )
+        _started(name, code, library.qvsr_message)
+        made.append((tiles, boxes))
+        offset += size * taps
+    found.forms[form] = made
+    return made
+
+
+def kept_bytes(weight: Tensor) -> int:
+    """Bytes that are kept for a packed weight beside it."""
+    found: _Weight | None = _weights.get(weight)
+    pairs = [pair for made in found.forms.values() for pair in made] if found else []
+    return sum(tensor.numel() * tensor.element_size() for pair in pairs for tensor in pair)
+
+
+def forget(weight: Tensor) -> None:
+    """Drop what is kept for a packed weight; it is made again when it is needed."""
+    _weights.pop(weight, None)
+
+
+# ---------------------------------------------------------------- layers
+
+
+_workspaces: dict[tuple[torch.device, int | None], Tensor] = {}
+
+
+def _workspace(library: ctypes.CDLL, like: Tensor, chip: Chip, parts: int, stream: int | None) -> Tensor:
+    """Zeros of a stream, in which sums of a layer of few rows come together; kernels leave them zero."""
+    needed = library.qvsr_workspace_bytes(chip.multiprocessors, parts)
+    key = (like.device, stream)
+    if key not in _workspaces or _workspaces[key].numel() < needed:
+        _workspaces[key] = torch.zeros(max(needed, 16), dtype=torch.uint8, device=like.device)
+    return _workspaces[key]
+
+
+def matmul_packed(
+    q: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    weight: Tensor,
+    weight_bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`."""
+    return _layer("matmul_packed", q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, None, bias, thin, up)
+
+
+def conv_packed(
+    q: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    weight: Tensor,
+    weight_bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """See :data:`qvsr.kernels.ops.SCHEMAS`."""
+    if not len(kernel) == len(stride) == len(padding) == len(dilation) == q[0].dim() - 2 or not 1 <= len(kernel) <= 3:
+        raise ops.OperatorError(
+            f"conv_packed: kernel {kernel}, stride {stride}, padding {padding} and dilation {dilation} do not fit maps {tuple(q[0].shape)}"
+        )
+    how = (kernel, stride, padding, dilation)
+    return _layer("conv_packed", q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, how, bias, thin, up)
+
+
+def _layer(
+    name: str,
+    q: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    weight: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    how: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]] | None,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    channels = [part.shape[-1] for part in q]
+    _check_layer(name, q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, math.prod(how[0]) if how else 1, bias, thin, up)
+    inside = q[0].shape[1:-1]
+    shape = (*q[0].shape[:-1],) if how is None else (q[0].shape[0], *output_shape(inside, *how))
+    out = weight_scale.new_empty(*shape, len(weight))
+    if not out.numel():
+        return out
+    library = _library(weight)
+    plain = (q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, *(how or ()), bias, thin, up)
+    if bits == 16 or any(part.dtype != torch.uint8 for part in q):
+        return (reference.conv_packed if how else reference.matmul_packed)(*plain)
+    if library is None:
+        return (_fallback_conv if how else _fallback_matmul)(*plain)
+
+    chip = _chip(weight)
+    known = [_rows.get(part) for part in q]
+    form = library.qvsr_form(chip.architecture, bits, max(8 if rows is None else rows.bits for rows in known))
+    _started(name, min(form, 0), library.qvsr_message)
+    front = (1,) * (3 - len(how[0])) if how else (1, 1, 1)
+    tiles = _tiles(library, name, weight, bits, form, channels, (*front, *(how[0] if how else ())))
+    here, stream = _where(weight)
+    parts, held = (interface().structures["QvsrPart"] * len(q))(), []
+    count = math.prod(q[0].shape[:-1])
+    with here:
+        for index, part in enumerate(q):
+            rows, pitch, totals = _prepared(library, name, part, known[index], form, stream)
+            held += [rows, totals]
+            one = parts[index]
+            one.q, one.pitch, one.totals, one.K = rows.data_ptr(), pitch, totals.data_ptr(), channels[index]
+            one.scale, one.zero_point = scale[index].data_ptr(), zero_point[index].data_ptr()
+            one.group = count // scale[index].numel()
+            one.tiles, one.boxes = (tensor.data_ptr() for tensor in tiles[index])
+            one.w_scale, one.w_zero_point = (tensor.data_ptr() + 4 * index for tensor in (weight_scale, weight_zero_point))
+            one.w_stride = weight_scale.shape[1]
+        workspace = _workspace(library, weight, chip, len(q), stream)
+        layer = interface().structures["QvsrLayer"](
+            N=len(weight),
+            parts=len(q),
+            weight_bits=bits,
+            form=form,
+            arch=chip.architecture,
+            multiprocessors=chip.multiprocessors,
+            rank=0 if up is None else up.shape[1],
+            out=out.data_ptr(),
+            bias=_pointer(bias),
+            thin=_pointer(thin),
+            up=_pointer(up),
+            workspace=workspace.data_ptr(),
+            workspace_bytes=workspace.numel(),
+        )
+        if how is None:
+            code = library.qvsr_matmul(parts, byref(layer), count, stream)
+        else:
+            sizes = {"in": inside, "out": shape[1:], "kernel": how[0], "stride": how[1], "padding": how[2], "dilation": how[3]}
+            window = interface().structures["QvsrWindow"](frames=q[0].shape[0])
+            for what, values in sizes.items():
+                setattr(window, what, _three((*(0 if what == "padding" else 1 for _ in front), *values)))
+            code = library.qvsr_conv(parts, byref(layer), byref(window), stream)
+    if code == interface().numbers["QVSR_SUM"]:
+        return (reference.conv_packed if how else reference.matmul_packed)(*plain)
+    _started(name, code, library.qvsr_message)
+    return out
+
+
+def _prepared(library: ctypes.CDLL, name: str, q: Tensor, known: _Rows | None, form: int, stream: int | None) -> tuple[Tensor, int, Tensor]:
+    """Rows as the kernel reads them, bytes from one to the next, and their sums: q itself where that will do."""
+    size = q.shape[-1]
+    pitch = library.qvsr_pitch(size, form)
+    whole = form != interface().numbers["QVSR_NIBBLES"] and pitch == size and q.data_ptr() % 16 == 0
+    if whole and known is not None:
+        return q, pitch, known.totals
+    rows = math.prod(q.shape[:-1])
+    copy = q if whole else q.new_empty(rows * pitch)
+    totals = known.totals if known is not None else q.new_empty(rows, dtype=torch.int32)
+    code = library.qvsr_prepare(q.data_ptr(), rows, size, form, None if whole else copy.data_ptr(), totals.data_ptr(), stream)
+    _started(name, code, library.qvsr_message)
+    return copy, pitch, totals
+
+
+def _check_layer(
+    name: str,
+    q: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    weight: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    taps: int,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> None:
+    if not len(q) == len(scale) == len(zero_point) == weight_scale.shape[1] or not q:
+        raise ops.OperatorError(
+            f"{name}: {len(q)} parts have {len(scale)} scales and {len(zero_point)} zero points, the weight has {weight_scale.shape[1]}"
+        )
+    device = q[0].device
+    for part in range(len(q)):
+        _check_device(name, f"q[{part}]", q[part], device)
+        if q[part].dtype not in (torch.uint8, torch.int32):
+            raise ops.OperatorError(f"{name}: q[{part}] is {str(q[part].dtype).removeprefix('torch.')}, uint8 or int32 is needed")
+        _check_layout(name, f"q[{part}]", q[part])
+        if q[part].shape[:-1] != q[0].shape[:-1]:
+            raise ops.OperatorError(f"{name}: q[{part}] {tuple(q[part].shape)} and q[0] {tuple(q[0].shape)} differ in more than channels")
+        for what, values in (("scale", scale[part]), ("zero_point", zero_point[part])):
+            _check(name, device, **{f"{what}[{part}]": values})
+            if values.shape != q[part].shape[:-1][: values.dim()]:
+                raise ops.OperatorError(f"{name}: {what}[{part}] {tuple(values.shape)} does not fit q[{part}] {tuple(q[part].shape)}")
+            if scale[part].dim() not in (0, 1, q[part].dim() - 1):
+                raise ops.OperatorError(f"{name}: {what}[{part}] {tuple(values.shape)} is neither one, one a frame nor one a row")
+    _check_device(name, "weight", weight, device)
+    _check_layout(name, "weight", weight)
+    length = row_bytes(sum(part.shape[-1] for part in q) * taps, bits)
+    if weight.dtype != torch.uint8 or weight.dim() != 2 or weight.shape[1] != length:
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ops.OperatorError(f"{name}: weight is {kind} {tuple(weight.shape)}, uint8 (N, {length}) is needed")
+    _check(name, device, weight_scale=weight_scale, weight_zero_point=weight_zero_point, bias=bias, thin=thin, up=up)
+    if (thin is None) != (up is None):
+        raise ops.OperatorError(f"{name}: a branch needs both thin and up")
+
+
+# ---------------------------------------------------------------- without the library
+
+
+def _fallback_matmul(
+    q: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    weight: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """Integers through ``torch._int_mm``, both sides less 128 where they would not fit; in blocks of rows."""
+    channels = [part.shape[-1] for part in q]
+    outside, count = q[0].shape[:-1], len(weight)
+    rows = [part.reshape(-1, part.shape[-1]) for part in q]
+    y = weight_scale.new_zeros(len(rows[0]), count)
+    step = max(32, BLOCK // count)
+    for index, (u, integers) in enumerate(zip(rows, unpack_weight(weight, bits, channels), strict=True)):
+        w = integers[:, 0]
+        shift = 128 if bits == 8 else 0
+        w8 = (w.to(torch.int16) - shift).to(torch.int8)
+        sums = w8.sum(1, dtype=torch.int32).double()
+        below = shift - weight_zero_point[:, index].double()  # w - weight_zero_point = w8 + below
+        ranges = [spread(values[index], outside).reshape(-1, 1) for values in (scale, zero_point)]
+        for first in range(0, len(u), step):
+            some = slice(first, first + step)
+            u8 = (u[some].to(torch.int16) - 128).to(torch.int8)
+            s, z = (values[some] for values in ranges)
+            left = 128 - z.double()  # q - z = u8 + left
+            total = _product(u8, w8).double() + left * sums + below * (u8.sum(1, dtype=torch.int32).double()[:, None] + u.shape[1] * left)
+            y[some] += (total * s.double() * weight_scale[:, index].double()).float()
+    if thin is not None and up is not None:
+        y += thin.reshape(len(y), -1) @ up.T
+    return (y if bias is None else y + bias).view(*outside, count)
+
+
+def _product(u: Tensor, w: Tensor) -> Tensor:
+    """int8 ``(M, K)`` times int8 ``(N, K)``: in 32 bits, or, for shapes that ``_int_mm`` refuses on a GPU, in float64."""
+    if u.shape[0] > 16 and u.shape[1] % 8 == 0 and w.shape[0] % 8 == 0:
+        return torch._int_mm(u, w.t())
+    return u.double() @ w.double().t()
+
+
+def _fallback_conv(
+    q: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    weight: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """Integers as float32 without their zero points through PyTorch's convolutions, without the 10-bit fractions that these use by default."""
+    channels = [part.shape[-1] for part in q]
+    convolve = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[len(kernel)]
+    y = torch.zeros((), device=weight.device)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        for index, integers in enumerate(unpack_weight(weight, bits, channels, kernel)):
+            w = integers.float() - weight_zero_point[:, index, None, None]
+            w = w.transpose(1, 2).reshape(len(weight), channels[index], *kernel)
+            s, z = (spread(values[index], q[index].shape[:-1]).unsqueeze(-1) for values in (scale, zero_point))
+            u = ((q[index].float() - z) * s).movedim(-1, 1)
+            total = convolve(u, w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
+            y = y + total * weight_scale[:, index]
+    if thin is not None and up is not None:
+        y = y + thin.view(*y.shape[:-1], -1) @ up.T
+    return (y if bias is None else y + bias).contiguous()
+
+
+for _function in (quantize_activation, matmul_packed, conv_packed):
+    torch.library.impl(f"qvsr::{_function.__name__}", "CUDA", _function)
