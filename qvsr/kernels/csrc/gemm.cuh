@@ -19,20 +19,23 @@ struct Window {
 
 // A part as the kernel wants it.
 struct Part : QvsrPart {
-    int width;      // bytes of a row of q that hold values, filled up to 16
-    int tap_steps;  // steps of 64 bytes of a tap
+    int width;         // bytes of a row of q that hold values, filled up to 16
+    int tap_steps;     // steps of 64 bytes of a tap
+    int rows_a_scale;  // group, in 32 bits
+    int stride;        // w_stride, in 32 bits
+    int inputs;        // of all taps
 };
 
 // All that the kernel is told.
 struct Gemm {
     Part part[QVSR_MAX_PARTS];
     Window window;
-    int64_t M, rank;
+    int64_t rank;
     void* out;
     const float *bias, *thin, *up;
     int *partial, *tickets;  // of the workspace: sums of the tiles, and how many blocks have added to each
     float weight_top;        // largest weight
-    int N, parts, taps, empty_box, steps, dtype;
+    int M, N, parts, taps, empty_box, steps, dtype;
     int columns;  // of tiles of weights
     bool pairs;   // two neighbours of the result can be stored at once
 };
@@ -43,6 +46,7 @@ struct Tile {
     static constexpr int ROWS = WARPS_M * MT * 16, COLUMNS = WARPS_N * NT * 8, THREADS = WARPS_M * WARPS_N * 32;
     static constexpr int M_TILES = MT, N_TILES = NT, STAGES = STAGES_, WARPS_IN_ROW = WARPS_N;
     static constexpr int BLOCKS = BLOCKS_;             // that registers are to suffice for on a multiprocessor
+    static constexpr bool SPLITS = BLOCKS > 1;         // several blocks may share a sum
     static constexpr int SUMS = MT * NT * 4;           // of a thread
     static constexpr int RANKS = 8;                    // of the low-rank branch at a time
 
@@ -63,7 +67,7 @@ __device__ __forceinline__ int place(int row, int quarter) { return row * SUM_BY
 struct alignas(16) Position {
     int frame, at[3];
 
-    __device__ __forceinline__ void set(const Window& w, int64_t m, int64_t M) {
+    __device__ __forceinline__ void set(const Window& w, int m, int M) {
         constexpr int OUTSIDE = -(1 << 30);
         uint32_t rest = uint32_t(m < M ? m : 0);
 #pragma unroll
@@ -76,26 +80,33 @@ struct alignas(16) Position {
     }
 
     // The pixel of q under a tap; -1 outside.
-    __device__ __forceinline__ int64_t pixel(const Window& w, int i, int j, int k) const {
+    __device__ __forceinline__ int pixel(const Window& w, int i, int j, int k) const {
         const int z = at[0] + i * w.dilation[0], y = at[1] + j * w.dilation[1], x = at[2] + k * w.dilation[2];
         if (unsigned(z) >= unsigned(w.in[0]) || unsigned(y) >= unsigned(w.in[1]) || unsigned(x) >= unsigned(w.in[2])) return -1;
-        return ((int64_t(frame) * w.in[0] + z) * w.in[1] + y) * w.in[2] + x;
+        return ((frame * w.in[0] + z) * w.in[1] + y) * w.in[2] + x;
     }
 };
 
-// What a block copies, step by step: 64 bytes of its rows of q under a tap of a part, and the tiles of weights that belong to them.
+// What a block copies, step by step: 64 bytes of its rows of q under a tap of a part, and the tiles of weights that belong to them. Each thread
+// copies a quarter of two rows, and every THREADS-th 16 bytes of the tiles.
 template <class T, int FORM>
 struct Feed {
-    static constexpr int TILE = tile_bytes(FORM), CHUNKS = T::COLUMNS / TILE_CHANNELS * (TILE / 16);
-    static_assert(T::ROWS * 4 == 2 * T::THREADS, "a thread copies 16 bytes of two rows");
+    static constexpr int TILE = tile_bytes(FORM), WEIGHTS = T::COLUMNS / TILE_CHANNELS * TILE, APART = T::THREADS / 4;
+    static_assert(T::ROWS == 2 * APART && APART % 8 == 0, "a thread copies 16 bytes of two rows, to the same place of both");
     const Gemm& g;
     const Position* positions;  // of all rows of the block, in shared memory
     const int first_column;     // of tiles of weights
+    const int place_of_row, present;
     const uint8_t *row[2], *tiles;
-    int part, tap[3], byte;
+    int limit[2];  // bytes of the row from this thread's quarter on; none outside
+    int part, tap[3], byte, width;
 
     __device__ __forceinline__ Feed(const Gemm& g, const Position* positions, int first_channel)
-        : g(g), positions(positions), first_column(first_channel / TILE_CHANNELS) {}
+        : g(g),
+          positions(positions),
+          first_column(first_channel / TILE_CHANNELS),
+          place_of_row(place(int(threadIdx.x) / 4, int(threadIdx.x) % 4)),
+          present((g.columns - first_column) * TILE - int(threadIdx.x) * 16) {}
 
     // Go to a step, counted over all parts.
     __device__ __forceinline__ void start(int step) {
@@ -104,8 +115,14 @@ struct Feed {
         byte = step % g.part[part].tap_steps * SUM_BYTES;
         tap[2] = rest % g.window.kernel[2], rest /= g.window.kernel[2];
         tap[1] = rest % g.window.kernel[1], tap[0] = rest / g.window.kernel[1];
-        tiles = g.part[part].tiles + (int64_t(step) * g.columns + first_column) * TILE;
+        enter(step);
         aim();
+    }
+
+    // Go to a step of the part.
+    __device__ __forceinline__ void enter(int step) {
+        tiles = g.part[part].tiles + (int64_t(step) * g.columns + first_column) * TILE + threadIdx.x * 16;
+        width = g.part[part].width;
     }
 
     // Find the rows of q under the tap.
@@ -113,30 +130,25 @@ struct Feed {
         const Part& p = g.part[part];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int64_t pixel = positions[int(threadIdx.x) / 4 + i * (T::THREADS / 4)].pixel(g.window, tap[0], tap[1], tap[2]);
-            row[i] = pixel < 0 ? nullptr : p.q + pixel * p.pitch;
+            const int pixel = positions[int(threadIdx.x) / 4 + i * APART].pixel(g.window, tap[0], tap[1], tap[2]), quarter = int(threadIdx.x) % 4 * 16;
+            row[i] = p.q + int64_t(pixel) * p.pitch + quarter;
+            limit[i] = pixel < 0 ? 0 : width - quarter;
         }
     }
 
     __device__ __forceinline__ void copy(unsigned char* stage) const {
-        const int quarter = int(threadIdx.x) % 4, offset = byte + quarter * 16, width = g.part[part].width;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const bool inside = row[i] && offset < width;
-            copy_async(stage + place(int(threadIdx.x) / 4 + i * (T::THREADS / 4), quarter), inside ? row[i] + offset : g.part[part].q, inside);
-        }
-        stage += T::ROWS * SUM_BYTES;
+        for (int i = 0; i < 2; ++i) copy_async(stage + place_of_row + i * APART * SUM_BYTES, row[i] + byte, byte < limit[i]);
+        stage += T::ROWS * SUM_BYTES + threadIdx.x * 16;
 #pragma unroll
-        for (int chunk = int(threadIdx.x); chunk < CHUNKS; chunk += T::THREADS) {
-            const bool inside = first_column + chunk / (TILE / 16) < g.columns;
-            copy_async(stage + chunk * 16, inside ? tiles + chunk * 16 : g.part[part].tiles, inside);
-        }
+        for (int at = 0; at < WEIGHTS; at += T::THREADS * 16)
+            if (at + T::THREADS * 16 <= WEIGHTS || at + int(threadIdx.x) * 16 < WEIGHTS) copy_async(stage + at, tiles + at, at < present);
     }
 
     __device__ __forceinline__ void next() {
         tiles += int64_t(g.columns) * TILE;
         byte += SUM_BYTES;
-        if (byte < g.part[part].width) return;
+        if (byte < width) return;
         byte = 0;
         if (++tap[2] == g.window.kernel[2]) {
             tap[2] = 0;
@@ -145,7 +157,7 @@ struct Feed {
                 if (++tap[0] == g.window.kernel[0]) {
                     tap[0] = 0;
                     if (++part == g.parts) return;  // the end
-                    tiles = g.part[part].tiles + int64_t(first_column) * TILE;
+                    enter(0);
                 }
             }
         }
@@ -154,11 +166,17 @@ struct Feed {
 };
 
 // What scales and corrects the sums of a row, for one part.
+struct alignas(16) Row {
+    float scale, zero;
+    int total, box, inputs;  // of the taps inside: sum of q, number of the box, how many inputs
+    float reach;             // inputs times the largest |q - zero|
+};
+
+// What a block knows of its rows.
 template <class T>
 struct Facts {
     Position position[T::ROWS];
-    float scale[T::ROWS], zero[T::ROWS], reach[T::ROWS];  // reach: inputs times the largest |q - zero|
-    int total[T::ROWS], box[T::ROWS], inputs[T::ROWS];    // of the taps inside: sum of q, number of the box, how many inputs
+    Row row[T::ROWS];
 
     __device__ __forceinline__ void gather(const Gemm& g, const Part& p) {
         const int i = int(threadIdx.x);
@@ -176,7 +194,7 @@ struct Facts {
             number = number * int(intervals(w.kernel[axis])) + int(interval(lo[axis], hi[axis]));
         }
         int sum = 0;
-        int64_t pixel = int64_t(at.frame) * w.in[0] * w.in[1] * w.in[2];
+        int pixel = at.frame * w.in[0] * w.in[1] * w.in[2];
         if (taps)
 #pragma unroll 1
             for (int a = lo[0]; a <= hi[0]; ++a)
@@ -184,16 +202,13 @@ struct Facts {
                 for (int b = lo[1]; b <= hi[1]; ++b)
 #pragma unroll 1
                     for (int c = lo[2]; c <= hi[2]; ++c) {
-                        const int64_t inside = at.pixel(w, a, b, c);
+                        const int inside = at.pixel(w, a, b, c);
                         sum += __ldg(p.totals + inside);
                         if (g.taps == 1) pixel = inside;
                     }
-        box[i] = taps ? number : g.empty_box;
-        inputs[i] = taps * int(p.K);
-        total[i] = sum;
-        scale[i] = __ldg(p.scale + pixel / p.group);
-        zero[i] = __ldg(p.zero_point + pixel / p.group);
-        reach[i] = float(inputs[i]) * fmaxf(fabsf(zero[i]), fabsf(255.0f - zero[i]));
+        const float zero = __ldg(p.zero_point + pixel / p.rows_a_scale), inputs = float(taps * int(p.K));
+        row[i] = {__ldg(p.scale + pixel / p.rows_a_scale), zero, sum, taps ? number : g.empty_box, taps * int(p.K), 0.0f};
+        row[i].reach = inputs * fmaxf(fabsf(zero), fabsf(255.0f - zero));
     }
 };
 
@@ -207,9 +222,9 @@ __device__ __forceinline__ float wide_sum(uint32_t products, int total, float z,
     return fmaf(-z, float(second), float(first));
 }
 
-__device__ __forceinline__ void store(const Gemm& g, int64_t m, int n, float first, float second) {
+__device__ __forceinline__ void store(const Gemm& g, int m, int n, float first, float second) {
     if (m >= g.M || n >= g.N) return;
-    const int64_t at = m * g.N + n;
+    const int64_t at = int64_t(m) * g.N + n;
     const bool both = n + 1 < g.N;
     if (g.dtype == QVSR_FLOAT32) {
         float* out = static_cast<float*>(g.out) + at;
@@ -239,11 +254,13 @@ constexpr int shared_bytes() {
     return T::STAGES * T::template stage_bytes<FORM>() + int(sizeof(Facts<T>)) + 16;
 }
 
-// Whether the chip that is compiled for has the instructions.
-template <int FORM>
+// Whether the chip that is compiled for has the instructions, and the shared memory.
+template <class T, int FORM>
 __host__ __device__ constexpr bool possible() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     return FORM != QVSR_NIBBLES;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    return T::ROWS == Small::ROWS;
 #else
     return true;
 #endif
@@ -259,16 +276,16 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int warp_row = warp / T::WARPS_IN_ROW * MT * 16, warp_column = warp % T::WARPS_IN_ROW * NT * 8;  // in the block's tile
     const int tiles_n = int(ceil_div(g.N, T::COLUMNS)), tile = int(blockIdx.x), splits = int(gridDim.y);
-    const int64_t first_row = int64_t(tile / tiles_n) * T::ROWS;
+    const int first_row = tile / tiles_n * T::ROWS;
     const int first_channel = tile % tiles_n * T::COLUMNS;
 
     // Steps of the sum that are this block's, over all parts.
-    const int begin = int(int64_t(g.steps) * blockIdx.y / splits), end = int(int64_t(g.steps) * (blockIdx.y + 1) / splits);
-    if (threadIdx.x < T::ROWS) facts.position[threadIdx.x].set(g.window, first_row + threadIdx.x, g.M);
+    const int begin = g.steps * int(blockIdx.y) / splits, end = g.steps * (int(blockIdx.y) + 1) / splits;
+    if (threadIdx.x < T::ROWS) facts.position[threadIdx.x].set(g.window, first_row + int(threadIdx.x), g.M);
     __syncthreads();
     Feed<T, FORM> feed(g, facts.position, first_channel);
     feed.start(begin);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < T::STAGES - 1; ++i) {
         if (begin + i < end) feed.copy(memory + i * STAGE), feed.next();
         close_group();
@@ -280,7 +297,8 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     for (int i = 0; i < MT * NT * 4; ++i) result[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
 
     int step = begin, part_begin = 0;
-    for (int round = 0; round < (splits == 1 ? g.parts : 2 * g.parts); ++round) {
+    const bool split = T::SPLITS && splits > 1;
+    for (int round = 0; round < (split ? 2 * g.parts : g.parts); ++round) {
         const Part& p = g.part[round < g.parts ? round : round - g.parts];
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; ++i) sums[i / 4 / NT][i / 4 % NT][i % 4] = 0;
@@ -319,7 +337,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
             }
             part_begin = part_end;
 
-            if (splits > 1) {  // add to what other blocks have; integers come to the same in any order
+            if (split) {  // add to what other blocks have; integers come to the same in any order
                 if (mine) {
 #pragma unroll
                     for (int i = 0; i < T::SUMS; ++i) atomicAdd(partial + i * T::THREADS, sums[i / 4 / NT][i / 4 % NT][i % 4]);
@@ -334,7 +352,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
                 if (threadIdx.x == 0) g.tickets[tile] = 0;
                 continue;
             }
-        } else {
+        } else if constexpr (T::SPLITS) {
 #pragma unroll
             for (int i = 0; i < T::SUMS; ++i) {
                 sums[i / 4 / NT][i / 4 % NT][i % 4] = load_shared_by_blocks(partial + i * T::THREADS);
@@ -346,49 +364,42 @@ __device__ __forceinline__ void compute(const Gemm& g) {
         __syncthreads();  // the facts of the part before have been read
         facts.gather(g, p);
         __syncthreads();
-        const int full_box = g.empty_box - 1, inputs = g.taps * int(p.K);
-        float step_size[NT][2], weight_zero[NT][2], largest = 0.0f;
-        uint32_t centre[NT][2];  // sum of w - weight_zero over all taps
+        const int full_box = g.empty_box - 1;
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
+        for (int n = 0; n < NT; ++n) {
+            const int channel = first_channel + warp_column + n * 8 + thread_again() % 4 * 2;  // and the next one
+            float step_size[2], weight_zero[2], largest = 0.0f;
+            uint32_t centre[2];  // sum of w - weight_zero over all taps
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const int channel = first_channel + warp_column + n * 8 + lane % 4 * 2 + c;
-                const bool inside = channel < g.N;
-                step_size[n][c] = inside ? __ldg(p.w_scale + channel * p.w_stride) : 0.0f;
-                const float zero = weight_zero[n][c] = inside ? __ldg(p.w_zero_point + channel * p.w_stride) : 0.0f;
-                largest = fmaxf(largest, fmaxf(fabsf(zero), fabsf(g.weight_top - zero)));
-                centre[n][c] = (inside ? uint32_t(__ldg(p.boxes + int64_t(full_box) * g.N + channel)) : 0) - uint32_t(int(zero)) * uint32_t(inputs);
+                const bool inside = channel + c < g.N;
+                step_size[c] = inside ? __ldg(p.w_scale + (channel + c) * p.stride) : 0.0f;
+                weight_zero[c] = inside ? __ldg(p.w_zero_point + (channel + c) * p.stride) : 0.0f;
+                largest = fmaxf(largest, fmaxf(fabsf(weight_zero[c]), fabsf(g.weight_top - weight_zero[c])));
+                const int weights = inside ? __ldg(p.boxes + int64_t(full_box) * g.N + channel + c) : 0;
+                centre[c] = uint32_t(weights) - uint32_t(int(weight_zero[c])) * uint32_t(p.inputs);
             }
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
+            for (int i = 0; i < MT * 2; ++i) {
+                const Row row = facts.row[warp_row + i * 8 + thread_again() % 32 / 4];
+                const bool border = row.box != full_box;
+                const bool narrow = row.reach * largest < 2147483392.0f;  // 32 bits hold the sum, and what wraps around on the way is right
+                int weights[2] = {0, 0};
+                if (border || !narrow) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int row = warp_row + m * 16 + h * 8 + lane / 4, box = facts.box[row];
-                const float zero = facts.zero[row], scale = facts.scale[row];
-                const int first = first_channel + warp_column + lane % 4 * 2;
-                const int32_t* weights = p.boxes + int64_t(box) * g.N + first;  // of channels first + n * 8 + c
-                const bool narrow = facts.reach[row] * largest < 2147483392.0f;  // 32 bits hold the sum, and what wraps around on the way is right
-                if (narrow) {
+                    for (int c = 0; c < 2; ++c) weights[c] = channel + c < g.N ? __ldg(p.boxes + int64_t(row.box) * g.N + channel + c) : 0;
+                }
 #pragma unroll
-                    for (int i = 0; i < NT * 2; ++i) {
-                        const int n = i / 2, c = i % 2;
-                        const uint32_t products = uint32_t(sums[m][n][2 * h + c]), v = uint32_t(int(weight_zero[n][c]));
-                        uint32_t middle = centre[n][c];
-                        if (box != full_box) middle = uint32_t(first + n * 8 + c < g.N ? __ldg(weights + n * 8 + c) : 0) - v * uint32_t(facts.inputs[row]);
-                        const int value = int(products - v * uint32_t(facts.total[row]) - uint32_t(int(zero)) * middle);
-                        result[m][n][2 * h + c] = fmaf(float(value) * step_size[n][c], scale, result[m][n][2 * h + c]);
-                    }
-                } else {
-#pragma unroll
-                    for (int i = 0; i < NT * 2; ++i) {
-                        const int n = i / 2, c = i % 2;
-                        const int total = first + n * 8 + c < g.N ? __ldg(weights + n * 8 + c) : 0;
-                        const float value = wide_sum(uint32_t(sums[m][n][2 * h + c]), facts.total[row], zero, total, weight_zero[n][c], facts.inputs[row]);
-                        result[m][n][2 * h + c] = fmaf(value * step_size[n][c], scale, result[m][n][2 * h + c]);
-                    }
+                for (int c = 0; c < 2; ++c) {
+                    const uint32_t products = uint32_t(sums[i / 2][n][i % 2 * 2 + c]), v = uint32_t(int(weight_zero[c]));
+                    const uint32_t middle = border ? uint32_t(weights[c]) - v * uint32_t(row.inputs) : centre[c];
+                    float value = float(int(products - v * uint32_t(row.total) - uint32_t(int(row.zero)) * middle));
+                    if (!narrow) value = wide_sum(products, row.total, row.zero, weights[c], weight_zero[c], row.inputs);
+                    float& to = result[i / 2][n][i % 2 * 2 + c];
+                    to = fmaf(value * step_size[c], row.scale, to);
                 }
             }
+        }
     }
 
     // result += thin up^T, RANKS of the rank at a time
@@ -400,7 +411,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
         for (int i = int(threadIdx.x); i < T::RANKS * (T::ROWS + T::COLUMNS); i += T::THREADS) {
             const int r = i % T::RANKS, place = i / T::RANKS;
             const bool of_thin = place < T::ROWS;
-            const int64_t line = of_thin ? first_row + place : int64_t(first_channel) + place - T::ROWS;
+            const int line = of_thin ? first_row + place : first_channel + place - T::ROWS;
             const bool inside = first + r < g.rank && line < (of_thin ? g.M : g.N);
             const float value = inside ? __ldg((of_thin ? g.thin : g.up) + line * g.rank + first + r) : 0.0f;
             (of_thin ? thin + r * (T::ROWS + 4) + place : up + r * (T::COLUMNS + 4) + place - T::ROWS)[0] = value;
@@ -438,7 +449,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
 
 template <class T, int FORM>
 __global__ void __launch_bounds__(T::THREADS, T::BLOCKS) gemm(const __grid_constant__ Gemm g) {
-    if constexpr (possible<FORM>()) compute<T, FORM>(g);
+    if constexpr (possible<T, FORM>()) compute<T, FORM>(g);
 }
 
 // Checks what is the same for both operators, chooses tiles and splits, and starts the kernel; in matmul.cu.

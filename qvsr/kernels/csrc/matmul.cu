@@ -22,7 +22,7 @@ int check_layer(const QvsrPart* parts, const QvsrLayer* layer, const Window& win
     for (int i = 0; i < l.parts; ++i) {
         const QvsrPart& p = parts[i];
         if (!p.q || !p.totals || !p.scale || !p.zero_point || !p.tiles || !p.boxes || !p.w_scale || !p.w_zero_point) return QVSR_NULL;
-        if (p.K < 1 || p.K > INT32_MAX || p.w_stride < 1 || p.pitch < padded_bytes(p.K, l.form)) return QVSR_SIZE;
+        if (p.K < 1 || p.K > INT32_MAX || p.w_stride < 1 || (l.N && p.w_stride > INT32_MAX / l.N) || p.pitch < padded_bytes(p.K, l.form)) return QVSR_SIZE;
         if (p.pitch % 16 || !aligned(p.q, 16) || !aligned(p.tiles, 16)) return QVSR_ALIGNMENT;
         if (p.K > ((int64_t(1) << 32) - 1) / (255 * ((1 << l.weight_bits) - 1)) / taps) return QVSR_SUM;
         const int64_t frame = int64_t(window.in[0]) * window.in[1] * window.in[2];
@@ -30,6 +30,8 @@ int check_layer(const QvsrPart* parts, const QvsrLayer* layer, const Window& win
     }
     return QVSR_OK;
 }
+
+constexpr int64_t MAX_SPLITS = 256;  // times the steps it stays far below 2^31
 
 struct Plan {
     bool large;
@@ -43,12 +45,12 @@ Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps) {
     const int64_t units = layer.multiprocessors > 0 ? layer.multiprocessors : 64;
     const auto tiles = [&](int64_t side) { return ceil_div(M, side) * ceil_div(N, side); };
     const double large = 4.0 * double(ceil_div(tiles(128), units)), small = 1.25 * double(ceil_div(tiles(64), units));
-    Plan plan{layer.tile ? layer.tile == 128 : large <= small, 1};
+    Plan plan{layer.arch >= 80 && (layer.tile ? layer.tile == 128 : large <= small), 1};
     const int64_t count = tiles(plan.large ? 128 : 64);
-    const int64_t tile_bytes = int64_t(layer.parts) * (plan.large ? Large::SUMS * Large::THREADS : Small::SUMS * Small::THREADS) * int64_t(sizeof(int));
-    const int64_t wanted = layer.splits ? layer.splits : plan.large || count >= 2 * units ? 1 : std::min(4 * units / count, steps / 4);
-    const bool room = layer.workspace && ceil_div(count, 4) * 16 + count * tile_bytes <= layer.workspace_bytes;
-    plan.splits = room ? int(std::max<int64_t>(1, std::min({wanted, steps, int64_t(65535)}))) : 1;
+    if (plan.large || !layer.workspace) return plan;
+    const int64_t bytes = ceil_div(count, 4) * 16 + count * layer.parts * Small::SUMS * Small::THREADS * int64_t(sizeof(int));
+    const int64_t wanted = layer.splits ? layer.splits : count >= 2 * units ? 1 : std::min(4 * units / count, steps / 4);
+    if (bytes <= layer.workspace_bytes) plan.splits = int(std::max<int64_t>(1, std::min({wanted, steps, MAX_SPLITS})));
     return plan;
 }
 
@@ -68,7 +70,7 @@ int start(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
 }  // namespace
 
 int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& window, int64_t M, cudaStream_t stream) {
-    if (M < 0 || M > INT32_MAX) return QVSR_SIZE;
+    if (M < 0 || M > INT32_MAX - 128) return QVSR_SIZE;
     if (M == 0 || (layer && layer->N == 0)) return QVSR_OK;
     if (const int code = check_layer(parts, layer, window)) return code;
     const QvsrLayer& l = *layer;
@@ -80,10 +82,12 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
     for (int i = 0; i < l.parts; ++i) {
         static_cast<QvsrPart&>(g.part[i]) = parts[i];
         g.part[i].width = int(padded_bytes(parts[i].K, l.form));
+        g.part[i].rows_a_scale = int(std::min<int64_t>(parts[i].group, INT32_MAX));
+        g.part[i].stride = int(parts[i].w_stride), g.part[i].inputs = g.taps * int(parts[i].K);
         g.part[i].tap_steps = int(ceil_div(g.part[i].width, SUM_BYTES));
         steps += int64_t(g.taps) * g.part[i].tap_steps;
     }
-    g.M = M, g.N = int(l.N), g.columns = int(ceil_div(l.N, TILE_CHANNELS)), g.rank = l.rank, g.out = l.out, g.bias = l.bias, g.thin = l.thin, g.up = l.up;
+    g.M = int(M), g.N = int(l.N), g.columns = int(ceil_div(l.N, TILE_CHANNELS)), g.rank = l.rank, g.out = l.out, g.bias = l.bias, g.thin = l.thin, g.up = l.up;
     g.weight_top = float((1 << l.weight_bits) - 1);
     g.parts = l.parts, g.steps = int(steps), g.dtype = l.dtype;
     g.pairs = l.N % 2 == 0 && aligned(l.out, l.dtype == QVSR_FLOAT32 ? 8 : 4);

@@ -154,6 +154,17 @@ __device__ __forceinline__ void wait_groups() {
 #endif
 }
 
+// The thread's number, asked for where it is used: what follows from it is computed there and not kept in registers through the main loop.
+__device__ __forceinline__ int thread_again() {
+#ifdef QVSR_EMULATE
+    return int(threadIdx.x);
+#else
+    int number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number;
+#endif
+}
+
 // A number that other blocks have changed, past the cache that does not know it.
 __device__ __forceinline__ int load_shared_by_blocks(const int* from) {
 #ifdef QVSR_EMULATE
