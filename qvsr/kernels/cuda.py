@@ -141,6 +141,11 @@ def _where(x: Tensor) -> tuple[AbstractContextManager[Any], int | None]:
     return torch.cuda.device(x.device), torch.cuda.current_stream(x.device).cuda_stream
 
 
+def _captured(x: Tensor) -> bool:
+    """Whether work is being recorded for a CUDA graph instead of done."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _three(values: Sequence[int]) -> Any:
     return (c_int64 * 3)(*values)
 
@@ -353,6 +358,8 @@ def _tiles(
         found = _weights[weight] = _Weight(weight._version)
     if form in found.forms:
         return found.forms[form]
+    if _captured(weight):
+        raise CudaError(f"{name}: its weight is not in the order of the tensor cores yet; run the layer once before a graph is captured")
     made, offset, taps = [], 0, math.prod(kernel)
     here, stream = _where(weight)
     values = sum(parts) * taps
@@ -407,6 +414,8 @@ _workspaces: dict[tuple[torch.device, int | None], Tensor] = {}
 def _workspace(library: ctypes.CDLL, like: Tensor, chip: Chip, parts: int, stream: int | None) -> Tensor:
     """Zeros of a stream, in which sums of a layer of few rows come together; kernels leave them zero."""
     needed = library.qvsr_workspace_bytes(chip.multiprocessors, parts)
+    if _captured(like):  # a graph's own, filled when it runs
+        return torch.zeros(max(needed, 16), dtype=torch.uint8, device=like.device)
     key = (like.device, stream)
     if key not in _workspaces or _workspaces[key].numel() < needed:
         _workspaces[key] = torch.zeros(max(needed, 16), dtype=torch.uint8, device=like.device)
