@@ -327,10 +327,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
 #pragma unroll
                     for (int m = 0; m < MT; ++m)
 #pragma unroll
-                        for (int n = 0; n < NT; ++n) {
-                            if constexpr (FORM == QVSR_NIBBLES) multiply_nibbles(sums[m][n], a[m], b[n][half * 2], b[n][half * 2 + 1]);
-                            else multiply_bytes(sums[m][n], a[m], b[n][half * 2], b[n][half * 2 + 1]);
-                        }
+                        for (int n = 0; n < NT; ++n) multiply<FORM == QVSR_NIBBLES ? 4 : 8>(sums[m][n], a[m], b[n][half * 2], b[n][half * 2 + 1]);
                 }
                 byte += SUM_BYTES;
                 if (byte >= p.width) byte = 0;

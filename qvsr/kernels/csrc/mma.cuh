@@ -14,6 +14,13 @@
 
 #include "common.cuh"
 
+// The chip that is compiled for; in emulation -DQVSR_TARGET=750 takes the ways of compute capability 7.5.
+#ifndef QVSR_EMULATE
+#define QVSR_TARGET __CUDA_ARCH__
+#elif !defined(QVSR_TARGET)
+#define QVSR_TARGET 800
+#endif
+
 namespace qvsr {
 
 #ifdef QVSR_EMULATE
@@ -55,77 +62,97 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const unsigned c
 }
 
 #ifdef QVSR_EMULATE
+
+// The sum over four bytes of values of BITS bits.
 template <int BITS>
-inline void multiply_emulated(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline uint32_t dot(uint32_t x, uint32_t y) {
+    constexpr uint32_t top = (1u << BITS) - 1;
+    uint32_t sum = 0;
+    for (int shift = 0; shift < 32; shift += BITS) sum += (x >> shift & top) * (y >> shift & top);
+    return sum;
+}
+
+// m16n8k32 (8 bits) and m16n8k64 (4 bits).
+template <int BITS>
+inline void multiply_whole(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Fragments {
         uint32_t a[4], b[2];
     };
-    Fragments mine;
-    memcpy(mine.a, a, sizeof mine.a);
-    mine.b[0] = b0, mine.b[1] = b1;
-    const auto all = emulate::exchange(mine);
+    const auto all = emulate::exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
     const int g = emulate::lane() / 4, t = emulate::lane() % 4;
-    for (int half = 0; half < 2; ++half)  // 16 bytes each
-        for (int owner = 0; owner < 4; ++owner) {
-            const auto rows = all[4 * g + owner];
-            for (int column = 0; column < 2; ++column) {
-                const uint32_t b = all[4 * (2 * t + column) + owner].b[half];
-                for (int row = 0; row < 2; ++row)
-                    for (int shift = 0; shift < 32; shift += BITS) {
-                        const uint32_t x = rows.a[2 * half + row] >> shift, y = b >> shift, top = (1u << BITS) - 1;
-                        c[2 * row + column] = int(uint32_t(c[2 * row + column]) + (x & top) * (y & top));
-                    }
-            }
+    for (int owner = 0; owner < 4; ++owner) {  // of bytes 4 owner .. 4 owner + 3 of both halves
+        const Fragments rows = all[4 * g + owner];
+        for (int column = 0; column < 2; ++column) {
+            const Fragments columns = all[4 * (2 * t + column) + owner];
+            for (int half = 0; half < 2; ++half)
+                for (int row = 0; row < 2; ++row) {
+                    int& sum = c[2 * row + column];
+                    sum = int(uint32_t(sum) + dot<BITS>(rows.a[2 * half + row], columns.b[half]));
+                }
         }
-}
-#elif __CUDA_ARCH__ < 800
-#define QVSR_QUARTER(shape, type, c0, c1, a, b)                                                                              \
-    asm volatile("mma.sync.aligned." shape ".row.col.s32." type "." type ".s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c0), "+r"(c1) : "r"(a), "r"(b))
-#endif
-
-// c += a b, of bytes.
-__device__ __forceinline__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#ifdef QVSR_EMULATE
-    multiply_emulated<8>(c, a, b0, b1);
-#elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    QVSR_QUARTER("m8n8k16", "u8", c[0], c[1], a[0], b0);
-    QVSR_QUARTER("m8n8k16", "u8", c[2], c[3], a[1], b0);
-    QVSR_QUARTER("m8n8k16", "u8", c[0], c[1], a[2], b1);
-    QVSR_QUARTER("m8n8k16", "u8", c[2], c[3], a[3], b1);
-#endif
+    }
 }
 
-// c += a b, of halves of bytes. Chips from 9.0 on have no such unit: no kernel is made of it there.
-__device__ __forceinline__ void multiply_nibbles(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#ifdef QVSR_EMULATE
-    multiply_emulated<4>(c, a, b0, b1);
-#elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.u4.u4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// m8n8k16 (8 bits) and m8n8k32 (4 bits): a is row g and b column g, bytes 4t .. 4t+3; c is row g, columns 2t and 2t+1.
+template <int BITS>
+inline void multiply_quarter(int& c0, int& c1, uint32_t a, uint32_t b) {
+    const auto all = emulate::exchange(std::make_pair(a, b));
+    const int g = emulate::lane() / 4, t = emulate::lane() % 4;
+    for (int owner = 0; owner < 4; ++owner) {
+        c0 = int(uint32_t(c0) + dot<BITS>(all[4 * g + owner].first, all[8 * t + owner].second));
+        c1 = int(uint32_t(c1) + dot<BITS>(all[4 * g + owner].first, all[8 * t + 4 + owner].second));
+    }
+}
+
+#elif QVSR_TARGET >= 800
+
+template <int BITS>
+__device__ __forceinline__ void multiply_whole(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define QVSR_MMA(type)                                                                                                                \
+    asm volatile("mma.sync.aligned." type " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+    if constexpr (BITS == 8) QVSR_MMA("m16n8k32.row.col.s32.u8.u8.s32");
+    else QVSR_MMA("m16n8k64.row.col.s32.u4.u4.s32");
+#undef QVSR_MMA
+}
+
 #else
-    QVSR_QUARTER("m8n8k32", "u4", c[0], c[1], a[0], b0);
-    QVSR_QUARTER("m8n8k32", "u4", c[2], c[3], a[1], b0);
-    QVSR_QUARTER("m8n8k32", "u4", c[0], c[1], a[2], b1);
-    QVSR_QUARTER("m8n8k32", "u4", c[2], c[3], a[3], b1);
+
+template <int BITS>
+__device__ __forceinline__ void multiply_quarter(int& c0, int& c1, uint32_t a, uint32_t b) {
+#define QVSR_MMA(type) asm volatile("mma.sync.aligned." type " {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c0), "+r"(c1) : "r"(a), "r"(b))
+    if constexpr (BITS == 8) QVSR_MMA("m8n8k16.row.col.s32.u8.u8.s32");
+    else QVSR_MMA("m8n8k32.row.col.s32.u4.u4.s32");
+#undef QVSR_MMA
+}
+
+#endif
+
+// c += a b. Chips from 9.0 on have no unit for 4 bits: no kernel is made with it there.
+template <int BITS>
+__device__ __forceinline__ void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if QVSR_TARGET >= 800
+    multiply_whole<BITS>(c, a, b0, b1);
+#else
+    multiply_quarter<BITS>(c[0], c[1], a[0], b0);
+    multiply_quarter<BITS>(c[2], c[3], a[1], b0);
+    multiply_quarter<BITS>(c[0], c[1], a[2], b1);
+    multiply_quarter<BITS>(c[2], c[3], a[3], b1);
 #endif
 }
 
 // 16 bytes from global to shared memory, without registers and without waiting; zeros where `inside` is false, and then `from` is not read.
 __device__ __forceinline__ void copy_async(unsigned char* to, const void* from, bool inside) {
-#ifdef QVSR_EMULATE
+#if QVSR_TARGET < 800  // 7.5 has no such copy: through registers
+    *reinterpret_cast<uint4*>(to) = inside ? __ldg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+#elif defined(QVSR_EMULATE)
     if (reinterpret_cast<uintptr_t>(to) % 16 || (inside && reinterpret_cast<uintptr_t>(from) % 16)) emulate::fail("cp.async that is not aligned to 16 bytes");
     emulate::own<Copies>().groups.back().push_back({to, inside ? from : nullptr});
     memset(to, 0xFF, 16);
-#elif __CUDA_ARCH__ >= 800
+#else
     const auto address = uint32_t(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0) : "memory");
-#else  // 7.5 has no such copy: through registers
-    *reinterpret_cast<uint4*>(to) = inside ? __ldg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
 #endif
 }
 
@@ -133,7 +160,7 @@ __device__ __forceinline__ void copy_async(unsigned char* to, const void* from, 
 __device__ __forceinline__ void close_group() {
 #ifdef QVSR_EMULATE
     emulate::own<Copies>().groups.emplace_back();
-#elif __CUDA_ARCH__ >= 800
+#elif QVSR_TARGET >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
@@ -149,7 +176,7 @@ __device__ __forceinline__ void wait_groups() {
             else memset(copy.to, 0, 16);
         groups.erase(groups.begin());
     }
-#elif __CUDA_ARCH__ >= 800
+#elif QVSR_TARGET >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 #endif
 }
