@@ -35,7 +35,7 @@ struct Gemm {
     const float *bias, *thin, *up;
     int *partial, *tickets;  // of the workspace: sums of the tiles, and how many blocks have added to each
     float weight_top;        // largest weight
-    int M, N, parts, taps, empty_box, steps, dtype;
+    int M, N, parts, taps, full_box, empty_box, steps, dtype;
     int columns;  // of tiles of weights
     bool pairs;   // two neighbours of the result can be stored at once
 };
@@ -361,7 +361,6 @@ __device__ __forceinline__ void compute(const Gemm& g) {
         __syncthreads();  // the facts of the part before have been read
         facts.gather(g, p);
         __syncthreads();
-        const int full_box = g.empty_box - 1;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const int channel = first_channel + warp_column + n * 8 + thread_again() % 4 * 2;  // and the next one
@@ -373,13 +372,13 @@ __device__ __forceinline__ void compute(const Gemm& g) {
                 step_size[c] = inside ? __ldg(p.w_scale + (channel + c) * p.stride) : 0.0f;
                 weight_zero[c] = inside ? __ldg(p.w_zero_point + (channel + c) * p.stride) : 0.0f;
                 largest = fmaxf(largest, fmaxf(fabsf(weight_zero[c]), fabsf(g.weight_top - weight_zero[c])));
-                const int weights = inside ? __ldg(p.boxes + int64_t(full_box) * g.N + channel + c) : 0;
+                const int weights = inside ? __ldg(p.boxes + int64_t(g.full_box) * g.N + channel + c) : 0;
                 centre[c] = uint32_t(weights) - uint32_t(int(weight_zero[c])) * uint32_t(p.inputs);
             }
 #pragma unroll
             for (int i = 0; i < MT * 2; ++i) {
                 const Row row = facts.row[warp_row + i * 8 + thread_again() % 32 / 4];
-                const bool border = row.box != full_box;
+                const bool border = row.box != g.full_box;
                 const bool narrow = row.reach * largest < 2147483392.0f;  // 32 bits hold the sum, and what wraps around on the way is right
                 int weights[2] = {0, 0};
                 if (border || !narrow) {

@@ -77,7 +77,12 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
     Gemm g{};
     g.window = window;
     g.taps = window.kernel[0] * window.kernel[1] * window.kernel[2];
-    g.empty_box = int(intervals(window.kernel[0]) * intervals(window.kernel[1]) * intervals(window.kernel[2]));
+    g.empty_box = 1;
+    for (int axis = 0; axis < 3; ++axis) {
+        const int size = window.kernel[axis];
+        g.full_box = g.full_box * int(intervals(size)) + int(interval(0, size - 1));
+        g.empty_box *= int(intervals(size));
+    }
     int64_t steps = 0;
     for (int i = 0; i < l.parts; ++i) {
         static_cast<QvsrPart&>(g.part[i]) = parts[i];

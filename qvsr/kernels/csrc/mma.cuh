@@ -96,11 +96,14 @@ inline void multiply_whole(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // m8n8k16 (8 bits) and m8n8k32 (4 bits): a is row g and b column g, bytes 4t .. 4t+3; c is row g, columns 2t and 2t+1.
 template <int BITS>
 inline void multiply_quarter(int& c0, int& c1, uint32_t a, uint32_t b) {
-    const auto all = emulate::exchange(std::make_pair(a, b));
+    struct Fragments {
+        uint32_t a, b;
+    };
+    const auto all = emulate::exchange(Fragments{a, b});
     const int g = emulate::lane() / 4, t = emulate::lane() % 4;
     for (int owner = 0; owner < 4; ++owner) {
-        c0 = int(uint32_t(c0) + dot<BITS>(all[4 * g + owner].first, all[8 * t + owner].second));
-        c1 = int(uint32_t(c1) + dot<BITS>(all[4 * g + owner].first, all[8 * t + 4 + owner].second));
+        c0 = int(uint32_t(c0) + dot<BITS>(all[4 * g + owner].a, all[8 * t + owner].b));
+        c1 = int(uint32_t(c1) + dot<BITS>(all[4 * g + owner].a, all[8 * t + 4 + owner].b));
     }
 }
 

@@ -206,15 +206,15 @@ QVSR_API int64_t qvsr_boxes_count(int64_t N, const int64_t kernel[3]) {
 
 QVSR_API int qvsr_repack(const uint8_t* weight, int64_t row_bytes, int64_t row_values, int64_t offset, int bits, int64_t N, int64_t K,
                          const int64_t kernel[3], int form, uint8_t* tiles, int32_t* boxes, cudaStream_t stream) {
-    if (!weight || !tiles || !boxes) return QVSR_NULL;
     if (const int code = check_kernel(N, kernel)) return code;
     if (bits < 2 || bits > 8) return QVSR_BITS;
     if (!is_form(form) || bits > (form == QVSR_NIBBLES ? 4 : form)) return QVSR_FORM;
     const int64_t taps = kernel[0] * kernel[1] * kernel[2];
     if (K < 1 || K > INT32_MAX || offset < 0 || row_values - offset < taps * K) return QVSR_SIZE;
     if (row_bytes < (bits == 8 ? row_values : ceil_div(row_values, 8) * bits)) return QVSR_SIZE;
-    if (!aligned(tiles, 16)) return QVSR_ALIGNMENT;
     if (N == 0) return QVSR_OK;
+    if (!weight || !tiles || !boxes) return QVSR_NULL;
+    if (!aligned(tiles, 16)) return QVSR_ALIGNMENT;
     const Source source{weight, row_bytes, row_values, offset, N, K, bits};
     const int64_t lanes = qvsr_tiles_bytes(N, K, kernel, form) / tile_bytes(form) * 32;
     if (const int code = QVSR_LAUNCH(repack, blocks_of(lanes), dim3(THREADS), 0, stream, source, taps, form, tiles)) return code;
