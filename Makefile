@@ -8,7 +8,7 @@ READY := .venv/.ready
 SNAKEMAKE := $(BIN)/snakemake
 LIMITS := --cores $(CORES) --resources mem_mb=$(MEMORY_MB) gpu=$(GPUS) # behind the targets: --resources takes all words that follow it
 
-.PHONY: all setup tables figures smoke test test-slurm rehearsal lint dry bench reference bench-reference new-baseline clean
+.PHONY: all setup tables figures smoke test test-slurm rehearsal lint dry bench reference bench-reference new-baseline kernels clean
 .DEFAULT_GOAL := tables
 
 setup: $(READY)
@@ -52,6 +52,9 @@ bench: $(READY)  ## measure again, on an otherwise idle machine: results/speed
 
 bench-reference: bench  ## benchmarks/reference and the README's table of speed from this run
 	$(BIN)/python scripts/update_readme.py --speed
+
+kernels: $(READY)  ## the CUDA kernels for every architecture, with nvcc; no GPU is needed
+	$(BIN)/python -m qvsr.kernels.build
 
 new-baseline: $(READY)  ## NAME=mine: a method that runs as it is, its test and its configuration
 	@$(BIN)/python scripts/new_baseline.py "$(if $(filter command,$(origin NAME)),$$NAME)" # only as an argument of make: shells have a NAME too

@@ -141,7 +141,7 @@ def folder() -> Path:
 def digest(nvcc: str, architectures: Sequence[int], sources: Path = SOURCES) -> str:
     """What decides the bytes of a library: sources, flags, compiler and architectures."""
     whole = hashlib.sha256(json.dumps([version_of(nvcc), FLAGS, INTERMEDIATE, sorted(architectures)]).encode())
-    for path in sorted(sources.iterdir()):
+    for path in sorted(path for path in sources.iterdir() if path.suffix in (".cu", ".cuh", ".h")):
         whole.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return whole.hexdigest()[:16]
 

@@ -134,6 +134,14 @@ def missing(index: int = 0) -> str | None:
     return None
 
 
+def described(index: int = 0) -> str:
+    """What a GPU's kernels are or will be, in a few words; of a machine on which nothing is missing."""
+    architecture = _chip_of(index).architecture
+    found = build.find([architecture])
+    state = f"built by nvcc {found.compiler}" if found else "to be built at the first use"
+    return f"kernels of compute capability {architecture / 10}, {state}"
+
+
 def _where(x: Tensor) -> tuple[AbstractContextManager[Any], int | None]:
     """The device of `x` as the current one, and its current stream."""
     if not x.is_cuda:  # under emulation, which tests use

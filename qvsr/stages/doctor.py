@@ -30,7 +30,8 @@ class LayerPath:
 
     Attributes:
         kind: Linear, Conv1d, Conv2d or Conv3d.
-        execution: packed, simulated, or reference: packed without integer instructions, which is right and slow.
+        execution: packed, simulated, or reference: packed without integer instructions, which is right and slow; on a GPU also fallback,
+            packed without the kernels, and none.
         reason: one line.
     """
 
@@ -49,6 +50,21 @@ def layer_paths() -> list[LayerPath]:
         found = ("reference", reason)
     else:
         found = ("packed", "8-bit integer products by oneDNN and torch._int_mm")
+    return [LayerPath(kind, *found) for kind in KINDS.values()]
+
+
+def gpu_paths() -> list[LayerPath]:
+    """The path of each kind of layer on the GPU: the kernels of csrc/, PyTorch's own operators, or none where there is no GPU."""
+    from qvsr.quant.layer import KINDS
+
+    gpu = importlib.import_module("qvsr.kernels.cuda")
+    available, reason = _cuda()["available"], gpu.missing()
+    if reason is None:
+        found = ("packed", f"8-bit and 4-bit integer products on tensor cores, {gpu.described()}")
+    elif available:
+        found = ("fallback", f"torch._int_mm and float32 convolutions by PyTorch, more slowly: {reason}")
+    else:
+        found = ("none", reason)
     return [LayerPath(kind, *found) for kind in KINDS.values()]
 
 
@@ -85,6 +101,7 @@ def report(folder: Path = Path()) -> dict[str, Any]:
         "model": {"file": DEFAULT_MODEL.name, "here": DEFAULT_MODEL.is_file()},
         "assets": {name: assets.glance(one) for name, one in assets.read().items()},
         "layers": [asdict(path) for path in layer_paths()],
+        "gpu_layers": [asdict(path) for path in gpu_paths()],
     }
 
 
@@ -156,6 +173,8 @@ def show(found: dict[str, Any]) -> str:
     text = [f"{name:<{width}}  {value}" for name, value in lines]
     text += ["", "quantized layers:"]
     text += [f"{path['kind']:<{width}}  {path['execution']}: {path['reason']}" for path in found["layers"]]
+    text += ["", "the same on a GPU:"]
+    text += [f"{path['kind']:<{width}}  {path['execution']}: {path['reason']}" for path in found["gpu_layers"]]
     return "\n".join(text)
 
 

@@ -41,6 +41,21 @@ def test_paths_follow_the_kernels(monkeypatch: pytest.MonkeyPatch, kernels: Any)
     assert {(path.execution, path.reason) for path in stage.layer_paths()} == {("simulated", "this version has no packed execution")}
 
 
+def test_paths_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(missing: str | None, available: bool) -> set[tuple[str, str]]:
+        kernels = types.SimpleNamespace(missing=lambda: missing, described=lambda: "kernels of compute capability 9.0, built by nvcc V13")
+        monkeypatch.setitem(sys.modules, "qvsr.kernels.cuda", kernels)
+        monkeypatch.setattr(stage, "_cuda", lambda: {"available": available})
+        paths = stage.gpu_paths()
+        assert [path.kind for path in paths] == KINDS
+        return {(path.execution, path.reason) for path in paths}
+
+    words = "8-bit and 4-bit integer products on tensor cores, kernels of compute capability 9.0, built by nvcc V13"
+    assert found(None, True) == {("packed", words)}
+    assert found("no nvcc", True) == {("fallback", "torch._int_mm and float32 convolutions by PyTorch, more slowly: no nvcc")}
+    assert found("torch finds no GPU", False) == {("none", "torch finds no GPU")}
+
+
 def test_what_is_required_and_not_here(kernels: Any) -> None:
     kernels("this CPU has no VNNI")
     found = stage.report()
@@ -73,4 +88,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert found["cuda"]["available"] == torch.cuda.is_available() and found["model"]["here"]
     done = subprocess.run([*command, "--require", "nothing"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: --require: no requirement 'nothing'; known: cuda, packed\n"
-    assert "quantized layers:" in done.stdout and "oneDNN" in done.stdout
+    assert "quantized layers:" in done.stdout and "oneDNN" in done.stdout and "the same on a GPU:" in done.stdout
