@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qvsr.kernels import build, cuda, ops, reference
 from qvsr.kernels.packing import pack_weight
+from qvsr.quant.layer import LayerPlan, QuantLayer, halves
 from qvsr.quant.rotation import hadamard, random_signs, small_factors
 
 no_gpu = cuda.missing()
@@ -149,6 +150,45 @@ def test_layers_agree_with_the_reference(
     case.check(cuda.quantize_activation, cuda)
     case.bias = None
     case.check(cuda.quantize_activation, cuda)
+
+
+EXTREMES: dict[str, Any] = {
+    "normal": lambda x: x,
+    "all zero": lambda x: 0 * x,
+    "one outlier": lambda x: x.flatten().index_fill(0, torch.tensor(3), 1e4).view(x.shape),
+    "below the smallest scale": lambda x: 1e-6 * x,
+    "far from zero": lambda x: x + 1000,
+}
+
+
+@pytest.mark.parametrize("values", EXTREMES)
+@pytest.mark.parametrize("granularity", ["tensor", "frame", "token"])
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv2d 1x1", "conv3d"])
+def test_quantized_layers_compute_with_the_kernels(
+    on_cpu: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, name: str, granularity: str, values: str
+) -> None:
+    """A whole QuantLayer, halves, rotation and branch, whose operators are those of a GPU, against simulated execution by the CPU's."""
+    module, shape = {
+        "linear": (torch.nn.Linear(24, 10), (3, 5, 24)),
+        "conv1d": (torch.nn.Conv1d(24, 10, 3, stride=2, padding=2, dilation=2), (2, 24, 15)),
+        "conv2d": (torch.nn.Conv2d(24, 10, 3, padding=1), (2, 24, 6, 5)),
+        "conv2d 1x1": (torch.nn.Conv2d(24, 10, 1, stride=(1, 2)), (2, 24, 6, 5)),
+        "conv3d": (torch.nn.Conv3d(24, 10, (3, 1, 1), padding=(1, 0, 0)), (1, 24, 5, 3, 4)),
+    }[name]
+    x = EXTREMES[values](torch.randn(shape) + 0.3)
+    with torch.no_grad():
+        for bits, rotate in ((4, False), (8, True)):
+            plan = LayerPlan(bits, bits, halves(24), rotate=rotate, rank=3, act_granularity=granularity)
+            layer = QuantLayer.from_float(module, plan, name)
+            layer.freeze()
+            expected = layer(x)
+            layer.set_execution("packed")
+            with monkeypatch.context() as patch:
+                for operator in ("quantize_activation", "matmul_packed", "conv_packed"):
+                    patch.setattr(torch.ops.qvsr, operator, getattr(cuda, operator))
+                found = layer(x)
+            error = float((found - expected).norm() / expected.norm())
+            assert found.shape == expected.shape and error < (5e-3 if rotate else 1e-5)  # one integer more or less of 8 bits
 
 
 def test_channels_last_maps_of_the_operator(generator: torch.Generator, on_cpu: ctypes.CDLL) -> None:
