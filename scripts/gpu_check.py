@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return SECONDS - (time.monotonic() - started)
 
     tests = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode", "importlib", "-k", "gpu"]
-    steps = {"tests": [*tests, str(ROOT / "tests/qvsr/kernels/test_cuda.py")]}
+    steps = {"tests": [*tests, *(str(ROOT / "tests/qvsr/kernels" / name) for name in ("test_cuda.py", "test_graphs.py"))]}
     for name in ("memcheck", "racecheck"):
         if (tool := sanitizer()) is None:
             checks[name] = "not run: there is no compute-sanitizer here"

@@ -46,17 +46,18 @@ def test_without_a_gpu_it_builds_and_says_so(tmp_path: Path) -> None:
     assert missing.returncode != 0 and "a folder for the results is needed: sh scripts/gpu_check.sh FOLDER" in missing.stderr
 
 
-def test_it_needs_no_more_than_it_says() -> None:
-    """torch, numpy, safetensors and pytest (and what these need): nothing else of the lock is imported."""
-    code = (
+def test_it_needs_no_more_than_it_says(tmp_path: Path) -> None:
+    """torch, numpy, safetensors and pytest (and what these need): nothing else of the lock is imported, by its tests neither."""
+    (tmp_path / "sitecustomize.py").write_text(
         "import sys\nclass Stop:\n    def find_spec(self, name, path=None, target=None):\n"
         "        if name.partition('.')[0] in ('pydantic', 'typer', 'yaml', 'pandas', 'scipy', 'cv2', 'PIL', 'platformdirs', 'rich', 'tqdm'):\n"
-        "            raise ImportError(name)\nsys.meta_path.insert(0, Stop())\nsys.path.insert(0, 'scripts')\n"
-        "import gpu_check, qvsr.quant.rotation\nprint(len(gpu_check.SHAPES))"
+        "            raise ModuleNotFoundError(name)\nsys.meta_path.insert(0, Stop())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    code = "import sys; sys.path.insert(0, 'scripts'); import gpu_check, qvsr.quant.rotation; print(len(gpu_check.SHAPES))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    tests = [
+    command = [
         sys.executable,
         "-m",
         "pytest",
@@ -71,8 +72,11 @@ def test_it_needs_no_more_than_it_says() -> None:
         "gpu",
         "--co",
     ]
-    listed = subprocess.run([*tests, str(ROOT / "tests/qvsr/kernels/test_cuda.py")], capture_output=True, text=True, cwd=ROOT)
-    assert listed.returncode == 0 and "test_gpu_stream_and_device" in listed.stdout and "emulated" not in listed.stdout
+    files = [str(ROOT / "tests/qvsr/kernels" / name) for name in ("test_cuda.py", "test_graphs.py")]
+    listed = subprocess.run([*command, *files], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert listed.returncode == 0, listed.stdout[-2000:]
+    assert "test_gpu_stream_and_device" in listed.stdout and "test_gpu_replays_are_the_calls" in listed.stdout
+    assert subprocess.run([sys.executable, "-c", "import yaml"], env=environment, capture_output=True).returncode != 0  # the guard itself
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here to build the kernels for the CPU")
