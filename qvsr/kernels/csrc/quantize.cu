@@ -41,10 +41,11 @@
 
 namespace {
 
-constexpr int THREADS = 512;
-constexpr int LARGE_TILE = 16384;   // values of a block's tile: 64 KB, which every chip since 7.5 has
+constexpr int THREADS = 256;
+constexpr int LARGE_TILE = 12288;   // values of a block's tile: 48 KB, so that a multiprocessor holds several blocks, which wait in turn
 constexpr int LARGEST_TILE = 24576; // 96 KB: where a rotation over more channels needs it
-constexpr int PLAIN_CHANNELS = 256; // at a time, where nothing is rotated
+constexpr int ITEMS_OF_LARGE = LARGE_TILE / 16 / THREADS, ITEMS_OF_LARGEST = LARGEST_TILE / 16 / THREADS;
+constexpr int PLAIN_CHANNELS = 128; // at a time, where nothing is rotated
 
 enum Phase { RANGE, ROUND, BOTH };  // BOTH: a range within the block
 
@@ -284,8 +285,12 @@ __device__ __forceinline__ bool round_tile(const float *tile, const Plan &p, con
     return nan;
 }
 
+// Blocks of 4 x 4 results that a thread computes of a factor: 0 where nothing is rotated. Several blocks are to fit on a multiprocessor, so that
+// one computes while another loads.
+constexpr int blocks_for(int items) { return items == 0 ? 4 : items <= ITEMS_OF_LARGE ? 2 : 1; }
+
 template <int ITEMS>
-__global__ void __launch_bounds__(THREADS, 1) quantize(const Plan p) {
+__global__ void __launch_bounds__(THREADS, blocks_for(ITEMS)) quantize(const Plan p) {
     QVSR_SHARED(raw);
     const QvsrActivation &a = p.a;
     const int log_tokens = p.log_tokens, tokens = 1 << log_tokens;
@@ -321,7 +326,7 @@ __global__ void __launch_bounds__(THREADS, 1) quantize(const Plan p) {
             if (stage == 0 || p.phase == ROUND || a.K > p.chunk) {  // else the tile is still here
                 if (first) __syncthreads();
                 load(tile, p, frame, token, first, count);
-                if (a.factors) rotate<ITEMS>(tile, a, log_tokens);
+                if constexpr (ITEMS > 0) rotate<ITEMS>(tile, a, log_tokens);
             }
             if (stage == 1) {
                 nan |= round_tile(tile, p, scales, zeros, totals, frame, token, first, count, here);
@@ -447,7 +452,9 @@ int qvsr_quantize(const QvsrActivation *activation, cudaStream_t stream) {
         p.chunk = int(a.factors || a.K < PLAIN_CHANNELS ? a.K : PLAIN_CHANNELS);
         const bool smallest = p.log_tokens == 2;
         const int64_t values = int64_t(p.chunk) << p.log_tokens;
-        if (values <= (smallest ? LARGEST_TILE : LARGE_TILE) && int64_t(bytes_of(p)) <= limit && items_of(a, p.log_tokens) <= 3) break;
+        if (values <= (smallest ? LARGEST_TILE : LARGE_TILE) && int64_t(bytes_of(p)) <= limit &&
+            items_of(a, p.log_tokens) <= (smallest ? ITEMS_OF_LARGEST : ITEMS_OF_LARGE))
+            break;
         if (smallest) return QVSR_QUANTIZE_CHANNELS;
     }
     const double half = double(1 << (a.bits - 1));
@@ -459,7 +466,8 @@ int qvsr_quantize(const QvsrActivation *activation, cudaStream_t stream) {
     else p.rows_of_four = a.channels % 4 == 0 && a.start % 4 == 0 && p.chunk % 4 == 0 && aligned(a.x, 16);
     p.q_of_four = a.K % 4 == 0 && p.chunk % 4 == 0 && aligned(a.q, 4);
 
-    auto *kernel = items_of(a, p.log_tokens) <= 1 ? quantize<1> : items_of(a, p.log_tokens) == 2 ? quantize<2> : quantize<3>;
+    const int items = items_of(a, p.log_tokens);
+    auto *kernel = !a.factors ? quantize<0> : items <= 1 ? quantize<1> : items <= ITEMS_OF_LARGE ? quantize<ITEMS_OF_LARGE> : quantize<ITEMS_OF_LARGEST>;
     const dim3 blocks(unsigned(p.tiles * a.frames));
     if (!ranging) {
         for (const auto &[to, from] : {std::pair<float *, const float *>{a.scale, a.fixed_scale}, {a.zero_point, a.fixed_zero}})
