@@ -1,3 +1,55 @@
+// Packed matmul: y[m, n] = sum over parts of scale[m] w_scale[n] sum over k of (q[m, k] - zero[m]) (w[n, k] - w_zero[n])
+//                         + sum over r of thin[m, r] up[n, r] + bias[n].   The kernel is in gemm.cuh; here is what to know about it.
+//
+// The tiling (Large; in brackets Small, which is the same with half of everything):
+//
+//           n ->   128 [64] channels                one warp: 64 x 32 [32 x 32]          a step: 64 bytes of k, two MMA deep
+//         +--------+--------+--------+--------+         8 columns                         k 0..31        32..63
+//      m  | warp 0 | warp 1 | warp 2 | warp 3 |       +----+----+----+----+             +------------+------------+
+//      |  | 64x32  |        |        |        |    16 | m16n8k32 (or k64) |    16 rows  | ldmatrix   | ldmatrix   |  q, swizzled
+//      v  +--------+--------+--------+--------+  rows +----+----+----+----+             +------------+------------+
+//   128   | warp 4 | warp 5 | warp 6 | warp 7 |       |    |    |    |    |             | 16 bytes a lane of a    |  w, in the order
+//   [64]  |        |        |        |        |       +----+----+----+----+  8 channels | tile of pack.cuh        |  of registers
+//         +--------+--------+--------+--------+       4 [2] x 4 sums of 16 x 8          +-------------------------+
+//
+// The loop, four stages of shared memory in a ring, three steps of copies under way while one is multiplied:
+//
+//     step i     wait_groups<2> -> barrier -> copy step i+3 into stage (i+3) % 4 -> multiply stage i % 4
+//                (its copies came)  (all threads' came, and all have left stage (i-1) % 4 = (i+3) % 4)
+//
+// Why each stage is there:
+// - cp.async (sm_80 and later) writes to shared memory without registers; a step of 128 x 128 x 64 takes about 64 clocks of tensor cores on an H100
+//   and 128 on an A100, memory answers after 500 to 800: so three steps are under way, and Small runs three blocks a multiprocessor.
+// - Weights stay at 4, 6 or 8 bits in memory and in shared memory and become bytes in registers, by one AND and one shift for four of them.
+// - q is swizzled (place()), so that ldmatrix never meets a bank twice; tiles of w need none, for lanes read side by side.
+// - Parts (channel halves with ranges of their own) are summed in one launch: at a part's end the integers are scaled into 64 [32] float32
+//   registers and the integers begin again. A launch a part would read and write the result once more, as many bytes as it takes to write it.
+// - Where the result has few tiles (M = 1, or maps of 8 x 8), several blocks share a sum: they add integers to the workspace with atomics, which
+//   come to the same in any order, and the last of them goes on. It leaves the workspace as zeros.
+// - The zero points are corrected by whole numbers: sum q w - v sum q - z (sum w - v K), modulo 2^32 where the true value fits, else in 64 bits.
+// - Float32 begins behind that, in this order: value * w_scale, fma with scale into the sum of the parts, fma of the branch by rising r, + bias.
+//   On the branch: M N R multiply-adds on ordinary cores, 12.5 us for 20480 x 320 and R = 64 at 67 TFLOPS; in place it costs no pass over the
+//   result, where a product before it would write and read 2 x 26 MB, 16 us at 3.35 TB/s, beside the same multiply-adds.
+//
+// Chips: 8.0 to 8.9 take the 4-bit MMA (m16n8k64) where both sides have at most 4 bits, and the 8-bit MMA (m16n8k32) otherwise. 7.5 does the same by
+// quarters (m8n8k32, m8n8k16) and copies through registers. 9.0 and later have no 4-bit unit: w is unpacked to bytes. Newer chips take the ways of
+// 9.0, as PTX where there is no binary. wgmma of 9.0 and tcgen05 of 10.0 are not used.
+//
+// Limits, counted and not measured. H100: 1979 TOPS of 8 bits, 3.35 TB/s, 132 multiprocessors; an MMA is 8192 operations, so one a clock and
+// multiprocessor. A warp's step reads 4 KB of q and 2 KB of w (4 bits: 1 KB) for 32 MMA, 192 (160) bytes each, and shared memory gives 128 a clock:
+// at most 67 % (80 %) of the tensor cores' rate, which only wgmma, reading w once for four warps, would lift. An A100 does half an MMA a clock:
+// 96 of 128 bytes. The floors of the U-Net's linear layers, us on an H100, M x N x K, float32 result:
+//
+//     M x N x K              calls   operations   bytes W8 / W4     what bounds it
+//     20480 x  320 x  320      40        2.1        9.8 /  9.8      26 of 33 MB are the result: half of them with bfloat16
+//      5120 x  640 x  640      40        2.1        5.0 /  5.0      the result
+//      1280 x 1280 x 1280      40        2.1        2.9 /  2.7      the result, then weights
+//     20480 x 2560 x  320       5       17.0       64.8 / 64.7      the result
+//      5120 x 5120 x  640       5       17.0       33.3 / 32.8      the result
+//      1280 x 10240 x 1280      5       17.0       20.1 / 18.1      both
+//     20480 x  320 x 1280       5        8.5       15.8 / 15.7      the result
+//      1280 x 1280 x 5120       5        8.5        5.9 /  4.9      operations
+//         1 x 1280 x 1280      14        0.0        0.5 /  0.2      the launch
 #include "gemm.cuh"
 
 namespace qvsr {
