@@ -65,7 +65,7 @@ struct QvsrLayer {
     int32_t arch;            // 10 * major + minor of the device
     int32_t multiprocessors; // of the device, for the choice of tiles; 0: unknown
     int32_t dtype;           // QvsrDtype of out
-    int32_t tile;            // 0: chosen by size; 64 or 128: rows and columns of a block's tile
+    int32_t tile;            // 0: chosen by size; 64, 128, or 256 (x 128): a block's tile; a smaller one where it does not fit
     int32_t splits;          // 0: chosen by size; how many blocks share the sum of a tile, as far as the workspace goes
     int64_t rank;            // 0: no low-rank branch
     void *out;               // (M, N), contiguous

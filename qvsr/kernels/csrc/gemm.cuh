@@ -41,12 +41,13 @@ struct Gemm {
 };
 
 // A block's tile of the result: WARPS_M x WARPS_N warps, each with 16 MT rows and 8 NT columns.
-template <int WARPS_M, int WARPS_N, int MT, int NT, int STAGES_, int BLOCKS_>
+template <int WARPS_M, int WARPS_N, int MT, int NT, int STAGES_, int BLOCKS_, bool KEPT_>
 struct Tile {
     static constexpr int ROWS = WARPS_M * MT * 16, COLUMNS = WARPS_N * NT * 8, THREADS = WARPS_M * WARPS_N * 32;
     static constexpr int M_TILES = MT, N_TILES = NT, STAGES = STAGES_, WARPS_IN_ROW = WARPS_N;
     static constexpr int BLOCKS = BLOCKS_;             // that registers are to suffice for on a multiprocessor
     static constexpr bool SPLITS = BLOCKS > 1;         // several blocks may share a sum
+    static constexpr bool KEPT = KEPT_;                // the sum of the parts is kept in registers, else in shared memory
     static constexpr int SUMS = MT * NT * 4;           // of a thread
     static constexpr int RANKS = 8;                    // of the low-rank branch at a time
 
@@ -56,8 +57,9 @@ struct Tile {
     }
     static_assert(ROWS <= THREADS, "a thread a row gathers facts");
 };
-using Large = Tile<2, 4, 4, 4, 4, 1>;  // 128 x 128
-using Small = Tile<2, 2, 2, 4, 4, 3>;  // 64 x 64
+using Wide = Tile<4, 2, 4, 8, 3, 1, false>;  // 256 x 128
+using Large = Tile<2, 4, 4, 4, 4, 1, true>;  // 128 x 128
+using Small = Tile<2, 2, 2, 4, 4, 3, true>;  // 64 x 64
 
 // Where 16 bytes of a row of q lie in shared memory: rows are 64 bytes, and their quarters change places so that the same quarter of eight
 // rows, which ldmatrix reads at once, lies in eight different sixteenths of 128 bytes, that is in all 32 banks.
@@ -88,17 +90,17 @@ struct alignas(16) Position {
 };
 
 // What a block copies, step by step: 64 bytes of its rows of q under a tap of a part, and the tiles of weights that belong to them. Each thread
-// copies a quarter of two rows, and every THREADS-th 16 bytes of the tiles.
+// copies a quarter of two rows (Wide: four), and every THREADS-th 16 bytes of the tiles.
 template <class T, int FORM>
 struct Feed {
-    static constexpr int TILE = tile_bytes(FORM), WEIGHTS = T::COLUMNS / TILE_CHANNELS * TILE, APART = T::THREADS / 4;
-    static_assert(T::ROWS == 2 * APART && APART % 8 == 0, "a thread copies 16 bytes of two rows, to the same place of both");
+    static constexpr int TILE = tile_bytes(FORM), WEIGHTS = T::COLUMNS / TILE_CHANNELS * TILE, APART = T::THREADS / 4, COPIES = T::ROWS / APART;
+    static_assert(T::ROWS % APART == 0 && APART % 8 == 0, "the rows of a thread have the same place in a row");
     const Gemm& g;
     const Position* positions;  // of all rows of the block, in shared memory
     const int first_column;     // of tiles of weights
-    const int place_of_row, present;
-    const uint8_t *row[2], *tiles;
-    int limit[2];  // bytes of the row from this thread's quarter on; none outside
+    const int place_of_row, present;  // present: bytes of a step's tiles from this thread's first on
+    const uint8_t *row[COPIES], *tiles;
+    int limit[COPIES];  // bytes of the row from this thread's quarter on; none outside
     int part, tap[3], byte, width;
 
     __device__ __forceinline__ Feed(const Gemm& g, const Position* positions, int first_channel)
@@ -106,7 +108,7 @@ struct Feed {
           positions(positions),
           first_column(first_channel / TILE_CHANNELS),
           place_of_row(place(int(threadIdx.x) / 4, int(threadIdx.x) % 4)),
-          present((g.columns - first_column) * TILE - int(threadIdx.x) * 16) {}
+          present(min(g.columns - first_column, T::COLUMNS / TILE_CHANNELS) * TILE - int(threadIdx.x) * 16) {}
 
     // Go to a step, counted over all parts.
     __device__ __forceinline__ void start(int step) {
@@ -129,7 +131,7 @@ struct Feed {
     __device__ __forceinline__ void aim() {
         const Part& p = g.part[part];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < COPIES; ++i) {
             const int pixel = positions[int(threadIdx.x) / 4 + i * APART].pixel(g.window, tap[0], tap[1], tap[2]), quarter = int(threadIdx.x) % 4 * 16;
             row[i] = p.q + int64_t(pixel) * p.pitch + quarter;
             limit[i] = pixel < 0 ? 0 : width - quarter;
@@ -138,7 +140,7 @@ struct Feed {
 
     __device__ __forceinline__ void copy(unsigned char* stage) const {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) copy_async(stage + place_of_row + i * APART * SUM_BYTES, row[i] + byte, byte < limit[i]);
+        for (int i = 0; i < COPIES; ++i) copy_async(stage + place_of_row + i * APART * SUM_BYTES, row[i] + byte, byte < limit[i]);
         stage += T::ROWS * SUM_BYTES + threadIdx.x * 16;
 #pragma unroll
         for (int at = 0; at < WEIGHTS; at += T::THREADS * 16)
@@ -247,11 +249,12 @@ __device__ __forceinline__ void store(const Gemm& g, int m, int n, float first, 
     if (both) out[1] = uint16_t(high);
 }
 
-// Bytes of shared memory: the stages, whose place the low-rank branch takes over at the end, and the facts.
+// Bytes of shared memory: the stages, whose place the low-rank branch takes over at the end, the facts, and the sum of the parts where there are
+// several and registers do not keep it.
 template <class T, int FORM>
-constexpr int shared_bytes() {
+constexpr int shared_bytes(int parts) {
     static_assert(T::RANKS * (T::ROWS + T::COLUMNS + 8) * 4 <= T::STAGES * T::template stage_bytes<FORM>(), "the branch fits where the stages were");
-    return T::STAGES * T::template stage_bytes<FORM>() + int(sizeof(Facts<T>)) + 16;
+    return T::STAGES * T::template stage_bytes<FORM>() + int(sizeof(Facts<T>)) + 16 + (T::KEPT || parts == 1 ? 0 : T::SUMS * T::THREADS * 4);
 }
 
 // Whether the chip that is compiled for has the instructions, and the shared memory.
@@ -272,6 +275,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     QVSR_SHARED(memory);
     auto& facts = *reinterpret_cast<Facts<T>*>(memory + T::STAGES * STAGE);
     int& ticket = *reinterpret_cast<int*>(memory + T::STAGES * STAGE + sizeof(Facts<T>));
+    float* kept = reinterpret_cast<float*>(memory + T::STAGES * STAGE + sizeof(Facts<T>) + 16) + threadIdx.x;  // of this thread, THREADS apart
 
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int warp_row = warp / T::WARPS_IN_ROW * MT * 16, warp_column = warp % T::WARPS_IN_ROW * NT * 8;  // in the block's tile
@@ -294,7 +298,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     int sums[MT][NT][4];      // of products of integers, modulo 2^32
     float result[MT][NT][4];  // of the parts, scaled
 #pragma unroll
-    for (int i = 0; i < MT * NT * 4; ++i) result[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
+    for (int i = 0; T::KEPT && i < MT * NT * 4; ++i) result[i / 4 / NT][i / 4 % NT][i % 4] = 0.0f;
 
     int step = begin, part_begin = 0;
     const bool split = T::SPLITS && splits > 1;
@@ -392,7 +396,10 @@ __device__ __forceinline__ void compute(const Gemm& g) {
                     float value = float(int(products - v * uint32_t(row.total) - uint32_t(int(row.zero)) * middle));
                     if (!narrow) value = wide_sum(products, row.total, row.zero, weights[c], weight_zero[c], row.inputs);
                     float& to = result[i / 2][n][i % 2 * 2 + c];
+                    float* const place = kept + ((i / 2 * NT + n) * 4 + i % 2 * 2 + c) * T::THREADS;
+                    if (!T::KEPT) to = round == 0 ? 0.0f : *place;
                     to = fmaf(value * step_size[c], row.scale, to);
+                    if (!T::KEPT && round + 1 < g.parts) *place = to;
                 }
             }
         }

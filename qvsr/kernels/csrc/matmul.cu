@@ -1,29 +1,30 @@
 // Packed matmul: y[m, n] = sum over parts of scale[m] w_scale[n] sum over k of (q[m, k] - zero[m]) (w[n, k] - w_zero[n])
 //                         + sum over r of thin[m, r] up[n, r] + bias[n].   The kernel is in gemm.cuh; here is what to know about it.
 //
-// The tiling (Large; in brackets Small, which is the same with half of everything):
+// The tiling. Large is drawn; Wide has 256 rows in warps of 64 x 64, Small 64 x 64 in warps of 32 x 32:
 //
-//           n ->   128 [64] channels                one warp: 64 x 32 [32 x 32]          a step: 64 bytes of k, two MMA deep
+//           n ->        128 channels                   one warp: 64 x 32                a step: 64 bytes of k, two MMA deep
 //         +--------+--------+--------+--------+         8 columns                         k 0..31        32..63
 //      m  | warp 0 | warp 1 | warp 2 | warp 3 |       +----+----+----+----+             +------------+------------+
 //      |  | 64x32  |        |        |        |    16 | m16n8k32 (or k64) |    16 rows  | ldmatrix   | ldmatrix   |  q, swizzled
 //      v  +--------+--------+--------+--------+  rows +----+----+----+----+             +------------+------------+
-//   128   | warp 4 | warp 5 | warp 6 | warp 7 |       |    |    |    |    |             | 16 bytes a lane of a    |  w, in the order
-//   [64]  |        |        |        |        |       +----+----+----+----+  8 channels | tile of pack.cuh        |  of registers
-//         +--------+--------+--------+--------+       4 [2] x 4 sums of 16 x 8          +-------------------------+
+//    128  | warp 4 | warp 5 | warp 6 | warp 7 |       |    |    |    |    |             | 16 bytes a lane of a    |  w, in the order
+//   rows  |        |        |        |        |       +----+----+----+----+  8 channels | tile of pack.cuh        |  of registers
+//         +--------+--------+--------+--------+         4 x 4 sums of 16 x 8            +-------------------------+
 //
-// The loop, four stages of shared memory in a ring, three steps of copies under way while one is multiplied:
+// The loop: four stages of shared memory in a ring (Wide three), so that three steps are copied (Wide two) while one is multiplied:
 //
 //     step i     wait_groups<2> -> barrier -> copy step i+3 into stage (i+3) % 4 -> multiply stage i % 4
 //                (its copies came)  (all threads' came, and all have left stage (i-1) % 4 = (i+3) % 4)
 //
 // Why each stage is there:
-// - cp.async (sm_80 and later) writes to shared memory without registers; a step of 128 x 128 x 64 takes about 64 clocks of tensor cores on an H100
-//   and 128 on an A100, memory answers after 500 to 800: so three steps are under way, and Small runs three blocks a multiprocessor.
+// - cp.async (sm_80 and later) writes to shared memory without registers. A step of Large is 256 MMA, 256 clocks of an H100 at least and 512 of an
+//   A100; memory answers after some 500 to 800 (a guess): so three steps are under way. A step of Small is a quarter, and three blocks share a
+//   multiprocessor.
 // - Weights stay at 4, 6 or 8 bits in memory and in shared memory and become bytes in registers, by one AND and one shift for four of them.
 // - q is swizzled (place()), so that ldmatrix never meets a bank twice; tiles of w need none, for lanes read side by side.
-// - Parts (channel halves with ranges of their own) are summed in one launch: at a part's end the integers are scaled into 64 [32] float32
-//   registers and the integers begin again. A launch a part would read and write the result once more, as many bytes as it takes to write it.
+// - Parts (channel halves with ranges of their own) are summed in one launch: at a part's end the integers are scaled into float32 sums, in as many
+//   registers (Wide: in shared memory), and begin again. A launch a part would write and read the whole result once more.
 // - Where the result has few tiles (M = 1, or maps of 8 x 8), several blocks share a sum: they add integers to the workspace with atomics, which
 //   come to the same in any order, and the last of them goes on. It leaves the workspace as zeros.
 // - The zero points are corrected by whole numbers: sum q w - v sum q - z (sum w - v K), modulo 2^32 where the true value fits, else in 64 bits.
@@ -36,9 +37,17 @@
 // 9.0, as PTX where there is no binary. wgmma of 9.0 and tcgen05 of 10.0 are not used.
 //
 // Limits, counted and not measured. H100: 1979 TOPS of 8 bits, 3.35 TB/s, 132 multiprocessors; an MMA is 8192 operations, so one a clock and
-// multiprocessor. A warp's step reads 4 KB of q and 2 KB of w (4 bits: 1 KB) for 32 MMA, 192 (160) bytes each, and shared memory gives 128 a clock:
-// at most 67 % (80 %) of the tensor cores' rate, which only wgmma, reading w once for four warps, would lift. An A100 does half an MMA a clock:
-// 96 of 128 bytes. The floors of the U-Net's linear layers, us on an H100, M x N x K, float32 result:
+// multiprocessor at most, which the instruction used here does not reach there (wgmma does; two thirds is a guess). What feeds it:
+//
+//                 shared memory, which gives 128 bytes a clock      caches beyond it, at the full rate of 1979 TOPS
+//     Large       192 bytes an MMA (4-bit weights: 160)             15.4 TB/s (11.6)
+//     Wide        128 (96)                                          11.6 TB/s (9.7)
+//
+// So Large can reach two thirds, and both wait for the second-level cache before that if it gives 5 to 6 TB/s (a guess): half the rate. Keeping more
+// of q and w on the chip, by clusters of blocks or larger tiles for wgmma, is what would lift it. An A100 does half an MMA a clock with the same
+// tiles: 96 of 128 bytes for Large, and 4.9 TB/s (W8), 3.7 (Wide).
+//
+// The floors of the U-Net's linear layers, us on an H100, float32 result:
 //
 //     M x N x K              calls   operations   bytes W8 / W4     what bounds it
 //     20480 x  320 x  320      40        2.1        9.8 /  9.8      26 of 33 MB are the result: half of them with bfloat16
@@ -65,7 +74,7 @@ int check_layer(const QvsrPart* parts, const QvsrLayer* layer, const Window& win
     if (l.weight_bits < 2 || l.weight_bits > 8) return QVSR_BITS;
     if (!is_form(l.form) || l.weight_bits > (l.form == QVSR_NIBBLES ? 4 : l.form) || (l.form == QVSR_NIBBLES && l.arch >= 90)) return QVSR_FORM;
     if (l.dtype < QVSR_FLOAT32 || l.dtype > QVSR_BFLOAT16) return QVSR_DTYPE;
-    if ((l.tile != 0 && l.tile != 64 && l.tile != 128) || l.splits < 0) return QVSR_TILE;
+    if ((l.tile != 0 && l.tile != 64 && l.tile != 128 && l.tile != 256) || l.splits < 0) return QVSR_TILE;
     if (l.N < 0 || l.N > INT32_MAX - 128 || l.rank < 0 || l.rank > INT32_MAX || l.workspace_bytes < 0) return QVSR_SIZE;
     if (l.rank && (!l.thin || !l.up)) return QVSR_BRANCH;
     if (!l.out) return QVSR_NULL;
@@ -85,21 +94,27 @@ int check_layer(const QvsrPart* parts, const QvsrLayer* layer, const Window& win
 
 constexpr int64_t MAX_SPLITS = 256;  // times the steps it stays far below 2^31
 
+// Shared memory that a block may have, of the chips that have more than all others from 8.0 on.
+int64_t shared_memory(int arch) { return arch == 90 || arch / 10 == 10 ? 227 << 10 : arch == 80 || arch == 87 ? 163 << 10 : 99 << 10; }
+
 struct Plan {
-    bool large;
-    int splits;
+    int tile, splits;
 };
 
-// Which tile, and how many blocks share one. Large tiles read each byte half as often from the cache and from shared memory, small ones fill
-// the multiprocessors better: the rounds that all blocks take, times what a tile costs. That a small one costs 1.25 quarters of a large one is
-// a guess, and so are four small blocks at a time on a multiprocessor and at least four steps for each.
+// Which tile, and how many blocks share one: the rounds that all blocks take, times what a tile costs. A large tile reads each byte half as often
+// from the caches and from shared memory as a small one, which fills the multiprocessors better. What they cost is a guess (a quarter of Large is
+// 1.25 of Small, Wide 0.85 of two Large where the sum is long), and so are four small blocks a multiprocessor with four steps or more for each.
 Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps) {
     const int64_t units = layer.multiprocessors > 0 ? layer.multiprocessors : 64;
-    const auto tiles = [&](int64_t side) { return ceil_div(M, side) * ceil_div(N, side); };
-    const double large = 4.0 * double(ceil_div(tiles(128), units)), small = 1.25 * double(ceil_div(tiles(64), units));
-    Plan plan{layer.arch >= 80 && (layer.tile ? layer.tile == 128 : large <= small), 1};
-    const int64_t count = tiles(plan.large ? 128 : 64);
-    if (plan.large || !layer.workspace) return plan;
+    const auto rounds = [&](int64_t rows, int64_t columns) { return double(ceil_div(ceil_div(M, rows) * ceil_div(N, columns), units)); };
+    const double wide = 6.8 * rounds(256, 128), large = 4.0 * rounds(128, 128), small = 1.25 * rounds(64, 64);
+    const bool room = shared_bytes<Wide, QVSR_BYTES_8>(layer.parts) <= shared_memory(layer.arch);
+    Plan plan{layer.tile, 1};
+    if (plan.tile == 0) plan.tile = small < std::min(wide, large) ? 64 : wide < large && steps >= 16 ? 256 : 128;
+    if (plan.tile == 256 && !room) plan.tile = 128;
+    if (layer.arch < 80) plan.tile = 64;
+    if (plan.tile > 64 || !layer.workspace) return plan;
+    const int64_t count = ceil_div(M, 64) * ceil_div(N, 64);
     const int64_t bytes = ceil_div(count, 4) * 16 + count * layer.parts * Small::SUMS * Small::THREADS * int64_t(sizeof(int));
     const int64_t wanted = layer.splits ? layer.splits : count >= 2 * units ? 1 : std::min(4 * units / count, steps / 4);
     if (bytes <= layer.workspace_bytes) plan.splits = int(std::max<int64_t>(1, std::min({wanted, steps, MAX_SPLITS})));
@@ -112,10 +127,10 @@ int start(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
     if (tiles > INT32_MAX) return QVSR_SIZE;
     const dim3 grid(unsigned(tiles), unsigned(plan.splits)), block(T::THREADS);
     switch (form) {
-        case QVSR_NIBBLES: return QVSR_LAUNCH(gemm<T, QVSR_NIBBLES>, grid, block, shared_bytes<T, QVSR_NIBBLES>(), stream, g);
-        case QVSR_BYTES_4: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_4>, grid, block, shared_bytes<T, QVSR_BYTES_4>(), stream, g);
-        case QVSR_BYTES_6: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_6>, grid, block, shared_bytes<T, QVSR_BYTES_6>(), stream, g);
-        default: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_8>, grid, block, shared_bytes<T, QVSR_BYTES_8>(), stream, g);
+        case QVSR_NIBBLES: return QVSR_LAUNCH(gemm<T, QVSR_NIBBLES>, grid, block, shared_bytes<T, QVSR_NIBBLES>(g.parts), stream, g);
+        case QVSR_BYTES_4: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_4>, grid, block, shared_bytes<T, QVSR_BYTES_4>(g.parts), stream, g);
+        case QVSR_BYTES_6: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_6>, grid, block, shared_bytes<T, QVSR_BYTES_6>(g.parts), stream, g);
+        default: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_8>, grid, block, shared_bytes<T, QVSR_BYTES_8>(g.parts), stream, g);
     }
 }
 
@@ -149,10 +164,10 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
     g.parts = l.parts, g.steps = int(steps), g.dtype = l.dtype;
     g.pairs = l.N % 2 == 0 && aligned(l.out, l.dtype == QVSR_FLOAT32 ? 8 : 4);
     const Plan plan = choose(l, M, l.N, steps);
-    const int64_t tiles = ceil_div(M, plan.large ? 128 : 64) * ceil_div(l.N, plan.large ? 128 : 64);
     g.tickets = static_cast<int*>(l.workspace);
-    g.partial = g.tickets + ceil_div(tiles, 4) * 4;
-    return plan.large ? start<Large>(g, l.form, plan, stream) : start<Small>(g, l.form, plan, stream);
+    g.partial = g.tickets + ceil_div(ceil_div(M, Small::ROWS) * ceil_div(l.N, Small::COLUMNS), 4) * 4;
+    if (plan.tile == 256) return start<Wide>(g, l.form, plan, stream);
+    return plan.tile == 128 ? start<Large>(g, l.form, plan, stream) : start<Small>(g, l.form, plan, stream);
 }
 
 }  // namespace qvsr
