@@ -433,8 +433,8 @@ class Config(Settings):
     )
     execution: Literal["auto", "packed", "simulated"] = Field(
         "auto",
-        description="how quantized networks restore: packed (integers), simulated (floating point on rounded values), or auto: packed where the"
-        " device has integer kernels; the frames are the same",
+        description="how quantized networks restore: packed (integers), simulated (floating point on rounded values), or auto: packed on a"
+        " processor with integer kernels; the frames are the same",
     )
     jobs: JobsSettings = JobsSettings()
 

@@ -63,13 +63,6 @@ class OperatorError(ValueError):
     """An argument that an operator cannot work with; the message names both."""
 
 
-def missing(device: str) -> str | None:
-    """Why a device has no integer kernels, in one line; None where it has."""
-    if torch.device(device).type == "cpu":
-        return cpu.missing()
-    return "there are no kernels for a GPU yet"
-
-
 # ---------------------------------------------------------------- CPU
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvsr.kernels import ops
+from qvsr.kernels import cpu
 from qvsr.quant.by_timestep import ByTimestep
 from qvsr.quant.layer import EXECUTIONS, KINDS, QuantError, QuantLayer, Timestep
 from qvsr.registry import suggest
@@ -19,7 +19,9 @@ RECORD = "quantization_record"
 
 
 def choose_execution(asked: str, device: str) -> str:
-    """The execution that a setting means on a device: `auto` is packed where integer kernels compute it, else simulated.
+    """The execution that a setting means on a device: `auto` is packed on a processor with integer kernels, else simulated.
+
+    On a GPU too: its kernels have not been measured on one yet.
 
     Raises:
         QuantError: a setting that is not known.
@@ -28,7 +30,7 @@ def choose_execution(asked: str, device: str) -> str:
         if asked not in EXECUTIONS:
             raise QuantError(suggest("execution", asked, ("auto", *EXECUTIONS)))
         return asked
-    return "packed" if ops.missing(device) is None else "simulated"
+    return "packed" if torch.device(device).type == "cpu" and cpu.missing() is None else "simulated"
 
 
 def excluded(name: str, exclude: Iterable[str]) -> bool:

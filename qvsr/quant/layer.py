@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvsr.kernels import ops, simulated
+from qvsr.kernels import cuda, ops, reference, simulated  # noqa: F401  (cuda brings the operators to a GPU)
 from qvsr.kernels.packing import pack_weight, unpack_weight
 from qvsr.kernels.reference import output_shape
 from qvsr.kernels.rotate import rotate
@@ -478,7 +478,10 @@ class QuantLayer(nn.Module):
         if self.act_scale is not None and self.act_zero_point is not None:
             row = self._row(self.act_timesteps, "activation ranges depend")
             scale, zero_point = self.act_scale[row, part], self.act_zero_point[row, part]
-        return torch.ops.qvsr.quantize_activation(  # type: ignore[no-any-return]
+        # simulated on a GPU: PyTorch's own operators, which need no compiler there
+        own = self.execution == "packed" or x.device.type == "cpu"
+        quantize: Any = torch.ops.qvsr.quantize_activation if own else reference.quantize_activation
+        return quantize(  # type: ignore[no-any-return]
             x,
             start,
             start + self.parts[part],
