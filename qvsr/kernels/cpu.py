@@ -32,6 +32,7 @@ from qvsr.kernels.reference import CONVOLUTIONS, output_shape
 
 KEPT_BELOW = 2**18  # weights of a layer whose layout for oneDNN is kept whatever it is used for
 POSITIONS_PER_INPUT = 0.4  # from here on a layer has many positions: kept weights are few beside its activations
+PIECES = 8  # of a part; in more it is left to _int_mm
 FRAMES = 16  # ranges of their own up to here are calls of their own
 ROWS = 8192
 LARGEST = 2**31 - 1
@@ -61,7 +62,7 @@ def _saturation() -> str | None:
     q, w = torch.full((16, 64), 255, dtype=torch.uint8), torch.full((16, 64), -128, dtype=torch.int8)
     linear = _linear(q, 0, torch.ops.onednn.qlinear_prepack(w, [16, 64]), 16)
     how = _How((1, 1), (1, 1), (0, 0), (1, 1))
-    conv = _conv(q.view(1, 4, 4, 64), 0, _conv_weight(w, how, (1, 4, 4, 64)), 16, how)
+    conv = _conv(q.view(1, 4, 4, 64), 0, _conv_weight(w.view(16, 1, 1, 64), how, (1, 4, 4, 64)), 16, how)
     for name, result in (("_int_mm", torch._int_mm(q, w.t())), ("qlinear_pointwise", linear), ("qconv_pointwise", conv)):
         if not bool((result == 255 * -128 * 64).all()):
             return f"{name} of this CPU loses large products"
@@ -89,7 +90,8 @@ class _Weight:
         centre: c, int8 or uint8 bits of what is subtracted from the integers; rest: r = c - zero_point.
         total: sum of w - c over a row.
         centred: of each part, whether c is the zero point everywhere; steps: `weight_scale` by part.
-        largest: absolute value of `total`, of each part.
+        pieces: the channels of each part that oneDNN adds up at a time. It adds up ``q (w - c)`` in 32 bits, makes it float32 and then takes
+            off zero_point times `total`: float32 holds that as long as both are below 2^24. Half of it is left for the rest of the sum.
         limit: no sum of products exceeds it times the largest ``|q - zero_point|``.
         sizes: values of each part in a row.
         layouts: the parts in oneDNN's layout, once they were needed.
@@ -100,13 +102,13 @@ class _Weight:
     centre: Tensor
     rest: Tensor
     total: Tensor
-    largest: list[float]
+    pieces: list[list[slice]]
     limit: int
     centred: list[bool]
     sizes: list[int]
     scale: Tensor | None = None
     steps: list[Tensor] = field(default_factory=list)
-    layouts: list[Tensor] = field(default_factory=list)
+    layouts: list[list[Tensor]] = field(default_factory=list)
 
     def steps_of(self, weight_scale: Tensor) -> list[Tensor]:
         """The scales ``(N, P)`` by part, each contiguous."""
@@ -151,10 +153,17 @@ def _facts(weight: Tensor, bits: int, zero_point: Tensor, parts: Sequence[int], 
     remainder = torch.cat(rests, 1)
     centred = [not bool(part.any()) for part in remainder]
     sums, sizes = torch.cat(totals, 1), [size * math.prod(kernel) for size in parts]
-    largest = sums.abs().amax(1).tolist()
-    found = _Weight(zero_point, weight._version, torch.cat(centres, 1), remainder, sums, largest, limit, centred, sizes)
+    pieces = [_cut(size, float(values.abs().max())) for size, values in zip(parts, sums, strict=True)]
+    found = _Weight(zero_point, weight._version, torch.cat(centres, 1), remainder, sums, pieces, limit, centred, sizes)
     _weights[weight] = found
     return found
+
+
+def _cut(channels: int, largest: float) -> list[slice]:
+    """Channels in as many about equal pieces as 255 times their largest total asks for, of a multiple of 16 each."""
+    size = -(-channels // max(1, math.ceil(255 * largest / 2**23)))
+    size = -(-size // 16) * 16
+    return [slice(start, min(start + size, channels)) for start in range(0, channels, size)]
 
 
 def kept_bytes(weight: Tensor) -> int:
@@ -163,7 +172,7 @@ def kept_bytes(weight: Tensor) -> int:
     if found is None:
         return 0
     small = sum(values.numel() * values.element_size() for values in (found.centre, found.rest, found.total))
-    return small + sum(layout.numel() for layout in found.layouts)
+    return small + sum(layout.numel() for layouts in found.layouts for layout in layouts)
 
 
 def forget(weight: Tensor) -> None:
@@ -198,15 +207,17 @@ def matmul_packed(
     y = Output(positions, weight_scale, bias, thin, up)
     if _exact_in_onednn(facts, zero_point) and _uses_onednn(count, sum(channels), positions, scale):
         if not facts.layouts:
-            for part in range(len(q)):
+            for part, pieces in enumerate(facts.pieces):
                 values = facts.values(weight, weight_bits, part, 0, count)
-                facts.layouts.append(torch.ops.onednn.qlinear_prepack(values, [positions, channels[part]]))
+                prepack = torch.ops.onednn.qlinear_prepack
+                facts.layouts.append([prepack(values[:, k].contiguous(), [positions, values[:, k].shape[1]]) for k in pieces])
         zeros = [int(z) for z in zero_point]
         inputs = [_inputs(facts, part, u, zeros[part]) for part, u in enumerate(rows)]
         for m in blocks(positions, count):
             sums = []
             for part, (u, step) in enumerate(zip(rows, facts.steps_of(weight_scale), strict=True)):
-                total = _linear(u[m], zeros[part], facts.layouts[part], count)
+                layouts_of = zip(facts.pieces[part], facts.layouts[part], strict=True)
+                total = _added([_linear(_piece(u[m], k), zeros[part], layout, count) for k, layout in layouts_of])
                 sums.append(Sums(total, step, scale[part], **_rest(facts, inputs, part, m)))
             y.finish(m, sums)
     else:
@@ -256,9 +267,9 @@ def conv_packed(
         each = list(blocks(frames, count * positions if not by_frame else BLOCK))  # a frame at a time where each has its own zero point
         layouts = facts.layouts
         if not layouts:
-            for part, u in enumerate(q):
-                values = facts.values(weight, weight_bits, part, 0, count)
-                layouts.append(_conv_weight(values, how, u[each[0]].shape))
+            for part, (u, pieces) in enumerate(zip(q, facts.pieces, strict=True)):
+                values = facts.values(weight, weight_bits, part, 0, count).view(count, *kernel, -1)
+                layouts.append([_conv_weight(values[..., k], how, u[each[0]][..., k].shape) for k in pieces])
             if keeps:
                 facts.layouts = layouts
         for m in each:
@@ -267,7 +278,8 @@ def conv_packed(
             for part, (u, step) in enumerate(zip(q, facts.steps_of(weight_scale), strict=True)):
                 s, z = (values[m.start] if values.dim() else values for values in (scale[part], zero_point[part]))
                 zero = int(z)
-                total = _conv(u[m], zero, layouts[part], count, how).reshape(-1, count)
+                layouts_of = zip(facts.pieces[part], layouts[part], strict=True)
+                total = _added([_conv(_piece(u[m], k), zero, layout, count, how) for k, layout in layouts_of]).reshape(-1, count)
                 rest = {} if facts.centred[part] else {"rest": facts.rest[part], "inputs": _window_inputs(u[m], zero, how)}
                 sums.append(Sums(total, step, s, **rest))
             y.finish(rows, sums)
@@ -285,8 +297,8 @@ def _uses_onednn(count: int, inputs: int, positions: int, scale: Sequence[Tensor
 
 
 def _exact_in_onednn(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
-    """Whether its sums are whole numbers that float32 holds: it adds up ``q (w - c)`` in 32 bits, and takes the zero point's share off in float32."""
-    return all(_farthest(z) * largest < 2**23 for z, largest in zip(zero_point, facts.largest, strict=True))
+    """Whether its sums are whole numbers that float32 holds: inputs are in pieces for zero points of up to 255, and not in too many."""
+    return all(_farthest(z) <= 255 for z in zero_point) and max(map(len, facts.pieces)) <= PIECES
 
 
 def _farthest(zero_point: Tensor) -> float:
@@ -297,6 +309,18 @@ def _beyond(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
     """Whether a sum could exceed 32 bits: a range far away from 0 has a large zero point."""
     farthest = max(_farthest(z) for z in zero_point)
     return not (255 + farthest) * facts.limit <= LARGEST  # a NaN is beyond, too
+
+
+def _piece(u: Tensor, channels: slice) -> Tensor:
+    """Some channels of inputs ``(..., K)``, contiguous."""
+    return u[..., channels].contiguous()
+
+
+def _added(sums: Sequence[Tensor]) -> Tensor:
+    """The sum of whole numbers in float32, in the first of them."""
+    for one in sums[1:]:
+        sums[0].add_(one)
+    return sums[0]
 
 
 def _inputs(facts: _Weight, part: int, u: Tensor, zero_point: Tensor | int) -> Tensor | None:
@@ -332,8 +356,8 @@ def _ones(count: int) -> Tensor:
 
 
 def _conv_weight(values: Tensor, how: _How, shape: Sequence[int]) -> Tensor:
-    """int8 ``(N, taps * channels)`` in oneDNN's layout; `shape` is that of the input, channels last."""
-    weight = values.view(len(values), *how.kernel, -1).movedim(-1, 1)
+    """int8 ``(N, *kernel, channels)`` in oneDNN's layout; `shape` is that of the input, channels last."""
+    weight = values.movedim(-1, 1)
     size = [shape[0], shape[-1], *shape[1:-1]]
     if len(how.kernel) == 1:
         weight, size = weight.unsqueeze(2), [*size[:2], 1, size[2]]

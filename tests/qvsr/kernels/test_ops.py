@@ -339,3 +339,25 @@ def test_what_can_be_missing_is_named(change, reason: str, monkeypatch: pytest.M
         monkeypatch.undo()
         cpu.missing.cache_clear()
     assert cpu.missing() is None
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=f"the integer kernels cannot be used here: {cpu.missing()}")
+@pytest.mark.parametrize("conv", [False, True])
+def test_sums_that_float32_cannot_carry_whole_are_added_up_in_pieces(conv: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights of a channel on one side of the middle: oneDNN's sums before the zero point's share is off are beyond 2^24, the true ones are not."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 1200 if conv else 4000
+    monkeypatch.setattr(cpu, "KEPT_BELOW", 2**40)
+    integers = torch.randint(0, 40, (6, channels, *(3, 3) * conv), dtype=torch.uint8, generator=generator)
+    integers[:, 0] = 255
+    weight, scale, zero = pack_weight(integers, 8, [channels]), torch.ones(6, 1), torch.full((6, 1), 20.0)
+    q = torch.randint(118, 139, (2, 5, 4, channels), dtype=torch.uint8, generator=generator)
+    part = [q], [torch.tensor(1.0)], [torch.tensor(128.0)]
+    how = ([3, 3], [1, 1], [1, 1], [1, 1]) if conv else ()
+    found = (torch.ops.qvsr.conv_packed if conv else torch.ops.qvsr.matmul_packed)(*part, weight, 8, scale, zero, *how, None, None, None)
+    u, w = (q.to(torch.int64) - 128).double(), integers.double() - 20
+    expected = torch.nn.functional.conv2d(u.movedim(-1, 1), w, padding=1).movedim(1, -1) if conv else u @ w.T
+    assert expected.abs().max() < 2**24 < 128 * (integers.double() - 128).flatten(1).sum(1).abs().max()
+    assert torch.equal(found.double(), expected)
+    pieces = cpu._facts(weight, 8, zero, [channels], how[0] if how else ()).pieces
+    assert len(pieces[0]) > 1
