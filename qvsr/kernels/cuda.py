@@ -416,18 +416,23 @@ def forget(weight: Tensor) -> None:
 # ---------------------------------------------------------------- layers
 
 
-_workspaces: dict[tuple[torch.device, int | None], Tensor] = {}
+_workspaces: dict[tuple[torch.device, int | str | None], Tensor] = {}
 
 
 def _workspace(library: ctypes.CDLL, like: Tensor, chip: Chip, parts: int, stream: int | None) -> Tensor:
-    """Zeros of a stream, in which sums of a layer of few rows come together; kernels leave them zero."""
-    needed = library.qvsr_workspace_bytes(chip.multiprocessors, parts)
-    if _captured(like):  # a graph's own, filled when it runs
-        return torch.zeros(max(needed, 16), dtype=torch.uint8, device=like.device)
-    key = (like.device, stream)
-    if key not in _workspaces or _workspaces[key].numel() < needed:
-        _workspaces[key] = torch.zeros(max(needed, 16), dtype=torch.uint8, device=like.device)
-    return _workspaces[key]
+    """Zeros of a stream, in which sums of a layer of few rows come together; kernels leave them zero.
+
+    CUDA graphs share one, made by the calls before them: two must not be replayed at the same time.
+    """
+    needed = max(16, library.qvsr_workspace_bytes(chip.multiprocessors, parts))
+    keys: list[tuple[torch.device, int | str | None]] = [(like.device, "graphs"), (like.device, stream)]
+    if _captured(like):
+        found = _workspaces.get(keys[0])
+        return found if found is not None else torch.zeros(needed, dtype=torch.uint8, device=like.device)
+    for key in keys:
+        if key not in _workspaces or _workspaces[key].numel() < needed:
+            _workspaces[key] = torch.zeros(needed, dtype=torch.uint8, device=like.device)
+    return _workspaces[keys[1]]
 
 
 def matmul_packed(
@@ -489,6 +494,16 @@ def _layer(
     _check_layer(name, q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, math.prod(how[0]) if how else 1, bias, thin, up)
     inside = q[0].shape[1:-1]
     shape = (*q[0].shape[:-1],) if how is None else (q[0].shape[0], *output_shape(inside, *how))
+    rank = () if up is None else (up.shape[-1],)
+    for what, tensor, wanted in (
+        ("weight_scale", weight_scale, (len(weight), len(q))),
+        ("weight_zero_point", weight_zero_point, (len(weight), len(q))),
+        ("bias", bias, (len(weight),)),
+        ("thin", thin, (*shape, *rank)),
+        ("up", up, (len(weight), *rank)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != wanted:
+            raise ops.OperatorError(f"{name}: {what} is {tuple(tensor.shape)}, {wanted} is needed")
     out = weight_scale.new_empty(*shape, len(weight))
     if not out.numel():
         return out

@@ -1,7 +1,8 @@
 """CUDA graphs: a network's step is recorded once and replayed, so that a GPU need not wait for Python to start some thousand kernels.
 
 A recording holds for fixed shapes, and for what Python decided on the way: a quantized layer with ranges by timestep reads another row of its table
-at each, so a step of the sampling loop is recorded for each timestep, and segments and tiles replay it. Recordings share their memory.
+at each, so a step of the sampling loop is recorded for each timestep, and segments and tiles replay it. Recordings share their memory, so
+only one is replayed at a time, on one stream.
 """
 
 from __future__ import annotations
