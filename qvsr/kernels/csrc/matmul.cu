@@ -102,15 +102,17 @@ struct Plan {
 };
 
 // Which tile, and how many blocks share one: the rounds that all blocks take, times what a tile costs. A large tile reads each byte half as often
-// from the caches and from shared memory as a small one, which fills the multiprocessors better. What they cost is a guess (a quarter of Large is
-// 1.25 of Small, Wide 0.85 of two Large where the sum is long), and so are four small blocks a multiprocessor with four steps or more for each.
+// from the caches and from shared memory as a small one, which fills the multiprocessors better, and where sums are short one block multiplies
+// while another stores. What they cost is a guess (Small 1.25 of a quarter of Large, or as much where sums are short; Wide 0.85 of two Large), and so
+// are four small blocks a multiprocessor with four steps or more for each.
 Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps) {
     const int64_t units = layer.multiprocessors > 0 ? layer.multiprocessors : 64;
     const auto rounds = [&](int64_t rows, int64_t columns) { return double(ceil_div(ceil_div(M, rows) * ceil_div(N, columns), units)); };
-    const double wide = 6.8 * rounds(256, 128), large = 4.0 * rounds(128, 128), small = 1.25 * rounds(64, 64);
+    const bool is_short = steps < 16;
+    const double wide = 6.8 * rounds(256, 128), large = 4.0 * rounds(128, 128), small = (is_short ? 1.0 : 1.25) * rounds(64, 64);
     const bool room = shared_bytes<Wide, QVSR_BYTES_8>(layer.parts) <= shared_memory(layer.arch);
     Plan plan{layer.tile, 1};
-    if (plan.tile == 0) plan.tile = small < std::min(wide, large) ? 64 : wide < large && steps >= 16 ? 256 : 128;
+    if (plan.tile == 0) plan.tile = small < std::min(wide, large) ? 64 : wide < large && !is_short ? 256 : 128;
     if (plan.tile == 256 && !room) plan.tile = 128;
     if (layer.arch < 80) plan.tile = 64;
     if (plan.tile > 64 || !layer.workspace) return plan;
