@@ -45,11 +45,11 @@ template <int WARPS_M, int WARPS_N, int MT, int NT, int STAGES_, int BLOCKS_, bo
 struct Tile {
     static constexpr int ROWS = WARPS_M * MT * 16, COLUMNS = WARPS_N * NT * 8, THREADS = WARPS_M * WARPS_N * 32;
     static constexpr int M_TILES = MT, N_TILES = NT, STAGES = STAGES_, WARPS_IN_ROW = WARPS_N;
-    static constexpr int BLOCKS = BLOCKS_;             // that registers are to suffice for on a multiprocessor
-    static constexpr bool SPLITS = BLOCKS > 1;         // several blocks may share a sum
-    static constexpr bool KEPT = KEPT_;                // the sum of the parts is kept in registers, else in shared memory
-    static constexpr int SUMS = MT * NT * 4;           // of a thread
-    static constexpr int RANKS = 8;                    // of the low-rank branch at a time
+    static constexpr int BLOCKS = BLOCKS_;      // that registers are to suffice for on a multiprocessor
+    static constexpr bool SPLITS = BLOCKS > 1;  // several blocks may share a sum
+    static constexpr bool KEPT = KEPT_;         // the sum of the parts is kept in registers, else in shared memory
+    static constexpr int SUMS = MT * NT * 4;    // of a thread
+    static constexpr int RANKS = 8;             // of the low-rank branch at a time
 
     template <int FORM>
     __host__ __device__ static constexpr int stage_bytes() {
@@ -383,7 +383,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
             for (int i = 0; i < MT * 2; ++i) {
                 const Row row = facts.row[warp_row + i * 8 + thread_again() % 32 / 4];
                 const bool border = row.box != g.full_box;
-                const bool narrow = row.reach * largest < 2147483392.0f;  // 32 bits hold the sum, and what wraps around on the way is right
+                const bool narrow = row.reach * largest < 2.14e9f;  // 32 bits hold the sum, and what wraps around on the way is right
                 int weights[2] = {0, 0};
                 if (border || !narrow) {
 #pragma unroll

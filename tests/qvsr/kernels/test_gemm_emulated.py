@@ -314,12 +314,12 @@ def test_random_sizes(library: ctypes.CDLL, tile: int, bits: int) -> None:
         check(library, Case(sizes[2:3], size=sizes[:1], outputs=sizes[1], bits=bits, weight_bits=bits, plain=True), tile=tile)
 
 
-def test_the_largest_sums_fill_32_bits(library: ctypes.CDLL) -> None:
-    """66051 products of 255 and 255 are the most that an unsigned sum holds."""
-    case = Case((66051,), size=(2,), outputs=3, full=True, zero=0.0, weight_zero=0.0, plain=True)
+@pytest.mark.parametrize("k", [33025, 33026, 66051])
+def test_the_largest_sums_fill_32_bits(library: ctypes.CDLL, k: int) -> None:
+    """33025 products of 255 and 255 are the most that a signed sum holds, 66051 the most of an unsigned one."""
+    case = Case((k,), size=(2,), outputs=3, full=True, plain=True)
     case.zeros, case.w_zeros = [torch.zeros(())], torch.zeros(3, 1)
-    got = run(library, case)
-    assert got.unique().tolist() == [float(np.float32(66051 * 255 * 255))]
+    assert run(library, case).unique().tolist() == [float(np.float32(k * 255 * 255))]
 
 
 @pytest.mark.parametrize("weight_zero", [5e9, -7e12])
