@@ -88,7 +88,7 @@ def version_of(nvcc: str) -> str:
     Raises:
         BuildError: it does not run.
     """
-    text = _run([nvcc, "--version"])
+    text = run([nvcc, "--version"])
     found = re.search(r"release [\d.]+, (V[\d.]+)", text)
     return found[1] if found else text.strip().splitlines()[-1]
 
@@ -108,7 +108,12 @@ def targets(architectures: Sequence[int], known: Sequence[int]) -> tuple[list[in
     return code, sorted({*(one for one in code if one in INTERMEDIATE), code[-1]})
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
+    """What a compiler says, on both of its outputs.
+
+    Raises:
+        BuildError: it does not run or fails; the message has its first error and the command.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -186,7 +191,7 @@ def find_or_build(architectures: Sequence[int] = ARCHITECTURES, into: Path | Non
 def _build(nvcc: str, architectures: Sequence[int], into: Path, sources: Path = SOURCES) -> None:
     into.mkdir()
     started = time.monotonic()
-    known = sorted(int(name) for name in re.findall(r"sm_(\d+)\b", _run([nvcc, "--list-gpu-code"])))
+    known = sorted(int(name) for name in re.findall(r"sm_(\d+)\b", run([nvcc, "--list-gpu-code"])))
     code, ptx = targets(architectures, known)
     options = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in code]
     options += [f"-gencode=arch=compute_{one},code=compute_{one}" for one in ptx]
@@ -194,10 +199,10 @@ def _build(nvcc: str, architectures: Sequence[int], into: Path, sources: Path = 
     for source in sorted(sources.glob("*.cu")):
         commands.append([nvcc, *FLAGS, *options, "-c", str(source), "-o", str(into / f"{source.stem}.o")])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        said = list(pool.map(_run, commands))
+        said = list(pool.map(run, commands))
     objects = [command[-1] for command in commands]
     link = [nvcc, "-shared", *options, *objects, "-o", str(into / NAME)]
-    _run(link)
+    run(link)
     for one in objects:
         Path(one).unlink()
     facts = {
@@ -310,9 +315,9 @@ def build_emulated(into: Path, names: Sequence[str] = (), flags: Sequence[str] =
     paths = [sources / name for name in names] or sorted(sources.glob("*.cu"))
     commands = [[compiler, *EMULATED, *flags, "-c", str(path), "-o", str(into / f"{path.stem}.o")] for path in paths]
     for command in commands:
-        _run(command)
+        run(command)
     library = into / "libqvsr_emulated.so"
-    _run([compiler, "-shared", *flags, *(command[-1] for command in commands), "-o", str(library)])
+    run([compiler, "-shared", *flags, *(command[-1] for command in commands), "-o", str(library)])
     return library
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from qvsr.kernels.build import BuildError, folder, run
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.c"
 # -ffp-contract=off: a product and a sum are rounded one after the other, as PyTorch's own operators round them
@@ -37,10 +38,6 @@ LANES, LARGEST_FACTOR = 16, 64  # as in csrc/cpu.c
 LARGE, PAGE, HUGE_PAGES = 2**22, 4096, 14  # bytes from which on large pages pay; MADV_HUGEPAGE of Linux
 
 log = logging.getLogger(__name__)
-
-
-class BuildError(RuntimeError):
-    """The library cannot be built or loaded; the message says why in one line."""
 
 
 class _Part(ctypes.Structure):
@@ -89,11 +86,11 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
-def build(folder: Path | None = None) -> Path:
+def build(into: Path | None = None) -> Path:
     """Compile the library if it is not there yet.
 
     Args:
-        folder: where it is kept; None: ``qvsr`` in the user's cache (XDG_CACHE_HOME), or in the system's temporary folder.
+        into: where it is kept; None: where the CUDA kernels are (:func:`qvsr.kernels.build.folder`), or in the system's temporary folder.
     Raises:
         BuildError: no compiler, an error of it, or no folder that can be written.
     """
@@ -101,19 +98,19 @@ def build(folder: Path | None = None) -> Path:
     if compiler is None:
         raise BuildError(f"there is no C compiler {os.environ.get('CC') or 'cc'!r}; install gcc, or name one in the variable CC")
     key = hashlib.sha256(SOURCE.read_bytes())
-    for fact in (*FLAGS, compiler, _run([compiler, "--version"]), _processor()):
+    for fact in (*FLAGS, compiler, run([compiler, "--version"]), _processor()):
         key.update(fact.encode() + b"\0")
     name = f"cpu-{key.hexdigest()[:16]}.so"
     reasons = []
-    for place in [folder] if folder is not None else _places():
+    for place in _places() if into is None else [into]:
         if (place / name).is_file():
             return place / name
         try:
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=place) as scratch:
                 # linked without -fopenmp: its functions are those of the library that torch has loaded, and so are its threads
-                _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{scratch}/cpu.o"])
-                _run([compiler, "-shared", f"{scratch}/cpu.o", "-lm", "-o", f"{scratch}/cpu.so"])
+                run([compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{scratch}/cpu.o"])
+                run([compiler, "-shared", f"{scratch}/cpu.o", "-lm", "-o", f"{scratch}/cpu.so"])
                 os.replace(f"{scratch}/cpu.so", place / name)
             return place / name
         except OSError as error:
@@ -134,20 +131,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def _places() -> list[Path]:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [Path(home) / "qvsr", Path(tempfile.gettempdir()) / f"qvsr-{user}"]
-
-
-def _run(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} does not run: {error}") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-        raise BuildError(f"{' '.join(command[:2])} … failed: {lines[0]}")
-    return done.stdout
+    return [folder(), Path(tempfile.gettempdir()) / f"qvsr-{os.getuid() if hasattr(os, 'getuid') else 'user'}"]
 
 
 def _processor() -> str:
