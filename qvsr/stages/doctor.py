@@ -49,7 +49,9 @@ def layer_paths() -> list[LayerPath]:
     elif reason := importlib.import_module("qvsr.kernels.cpu").missing():
         found = ("reference", reason)
     else:
-        found = ("packed", "8-bit integer products by oneDNN and torch._int_mm")
+        reason = importlib.import_module("qvsr.kernels.native").missing()
+        rounding = "inputs rounded in C" if reason is None else f"inputs rounded by PyTorch, more slowly: {reason}"
+        found = ("packed", f"8-bit integer products by oneDNN and torch._int_mm; {rounding}")
     return [LayerPath(kind, *found) for kind in KINDS.values()]
 
 
