@@ -134,12 +134,12 @@ class Speed:
         return cls(heads, {kind: read_csv((folder / f"{kind}.csv").read_text()) for kind in heads})
 
     def write(self, folder: Path) -> None:
-        """The page, a CSV of each kind, and the heads."""
+        """A CSV of each kind, the heads, and the page that these give."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PAGE).write_text(page(self), encoding="utf-8")
         for kind, rows in self.rows.items():
             (folder / f"{kind}.csv").write_text(rows_csv(rows), encoding="utf-8")
         (folder / MACHINE).write_text(json.dumps(self.heads, indent=1) + "\n", encoding="utf-8")
+        (folder / PAGE).write_text(page(Speed.of_tables(folder)), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- means
