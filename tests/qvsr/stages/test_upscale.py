@@ -199,17 +199,18 @@ def command(*arguments: object) -> list[str]:
 
 
 def test_ctrl_c(tmp_path: Path, model: Path) -> None:
-    """A real signal to a real process, as soon as the first segment is there."""
+    """A real signal to a real process, as soon as the first segment is there and the second is waited for."""
     clips.write_clip(tmp_path / "in", moving(40, (24, 24)), {"source": "made", "fps": 10.0})
     arguments = command(tmp_path / "in", tmp_path / "out.mp4", "--model", model)
     waiting = (  # the second segment does not begin: on a busy machine all could be done before the signal comes
-        "import runpy, sys, time\nfrom qvsr.models import pipeline\nreal, calls = pipeline.restore_segments, []\n"
-        "def restore(*given, **named):\n    calls.append(1)\n    time.sleep(600 * (len(calls) > 1))\n    return real(*given, **named)\n"
+        "import pathlib, runpy, time\nfrom qvsr.models import pipeline\nreal, calls = pipeline.restore_segments, []\n"
+        "def restore(*given, **named):\n    calls.append(1)\n    if len(calls) > 1:\n"
+        f"        pathlib.Path({str(tmp_path / 'waits')!r}).touch()\n        time.sleep(600)\n    return real(*given, **named)\n"
         "pipeline.restore_segments = restore\nrunpy.run_module('qvsr', run_name='__main__')"
     )
     process = subprocess.Popen([sys.executable, "-c", waiting, *arguments[3:]], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     first = work_of(tmp_path / "out.mp4") / "00000000"
-    while not first.exists():
+    while not (tmp_path / "waits").exists():
         assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
