@@ -59,6 +59,18 @@ def test_commands_of_the_readme_are_known():
         assert stage in stages, stage
 
 
+def test_targets_of_commands_are_not_taken_for_files_of_settings():
+    """Snakemake's --configfile takes every word behind it up to the next option."""
+    commands = []
+    for name in (*documents(), "config/ablation.yaml", "config/mini-quantization.yaml", "workflow/profiles/slurm/config.yaml"):
+        commands += re.findall(r"snakemake ([^\n`#\\]*--configfile[^\n`#\\]*)", (ROOT / name).read_text())
+    assert len(commands) > 10
+    for command in commands:
+        words = command.split("--configfile", 1)[1].split()
+        options = [index for index, word in enumerate(words) if word.startswith("-")]
+        assert all(word.endswith(".yaml") for word in words[: options[0] if options else None]), command
+
+
 def test_the_readme_shows_table_picture_and_the_two_commands_first():
     first = (ROOT / "README.md").read_text().splitlines()[:60]
     text = "\n".join(first)
