@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from qvsr import plan
+from qvsr import memory, plan
 from qvsr.config import Config, ConfigError, explain, schema
 from qvsr.method_settings import PluginSettings
 from qvsr.provenance import ROOT, atomic_path
@@ -49,6 +49,7 @@ BitsOption = Annotated[str, typer.Option("--bits", help="such as W4A4; W32A32 fo
 
 def main() -> None:
     """Run a stage; the one place that turns a user's error into one line."""
+    memory.keep_freed()
     try:
         app()
     except (ValueError, OSError) as error:

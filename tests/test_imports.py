@@ -11,7 +11,7 @@ from qvsr.provenance import ROOT
 
 # From the bottom up; a module may import what stands in a lower row, and its own package.
 ROWS = (
-    ("qvsr", "qvsr.registry", "qvsr.devices", "qvsr.progress", "qvsr.settings", "qvsr.statistics"),
+    ("qvsr", "qvsr.registry", "qvsr.devices", "qvsr.memory", "qvsr.progress", "qvsr.settings", "qvsr.statistics"),
     ("qvsr.method_settings",),
     ("qvsr.config", "qvsr.provenance"),
     ("qvsr.data.archives", "qvsr.data.download"),

@@ -1,4 +1,4 @@
-"""The loops of ``csrc/cpu.c``: compiled for this machine at their first use, called through ctypes.
+"""The loops of ``csrc/cpu``: compiled for this machine at their first use, called through ctypes.
 
 They need a C compiler (`cc`, or what the variable CC names). Without one, or where the library does not load, :func:`library` is None,
 :func:`missing` says why in one line, and plain PyTorch does the same: the same bytes but for rotated inputs, which it rounds otherwise in
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qvsr.kernels.build import BuildError, folder, run
 
-SOURCE = Path(__file__).parent / "csrc" / "cpu.c"
+SOURCES = Path(__file__).parent / "csrc" / "cpu"
 # -ffp-contract=off: a product and a sum are rounded one after the other, as PyTorch's own operators round them
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
@@ -34,7 +34,7 @@ FLAGS = (
 )
 NAN = "quantize_activation: x has NaN, which no integer stands for"
 STRIDES = {"tensor": 0, "frame": 1, "token": 2}
-LANES, LARGEST_FACTOR = 16, 64  # as in csrc/cpu.c
+LANES, LARGEST_FACTOR = 16, 64  # as in csrc/cpu
 LARGE, PAGE, HUGE_PAGES = 2**22, 4096, 14  # bytes from which on large pages pay; MADV_HUGEPAGE of Linux
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,45 @@ class _Sums(ctypes.Structure):
     )
 
 
+class _Output(ctypes.Structure):
+    _fields_ = (
+        ("out", ctypes.c_void_p),
+        ("ld", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("bias", "thin", "up")),
+        *((name, ctypes.c_int64) for name in ("rank", "ld_up")),
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("frames", ctypes.c_int64),
+        *((name, 3 * ctypes.c_int64) for name in ("input", "output", "kernel", "stride", "padding", "dilation")),
+    )
+
+
+class _Input(ctypes.Structure):
+    _fields_ = (("q", ctypes.c_void_p), ("channels", ctypes.c_int64), ("first", ctypes.c_int64), ("centre", ctypes.c_void_p))
+
+
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "qvsr_activation": [ctypes.POINTER(_Part), _I, _I, _F, _I, _F, _I, _P, _P, _P, _P, _I],
-    "qvsr_finish": [_P, _L, _P, _P, _P, _L, _L, ctypes.POINTER(_Sums), _I, _L, _L, _I],
+    "qvsr_finish": [ctypes.POINTER(_Output), ctypes.POINTER(_Sums), _I, _L, _L, _I],
     "qvsr_unpack": [_P, _L, _I, _L, _L, _P, _P, _L, _I],
+    "qvsr_layer": [
+        ctypes.POINTER(_Shape),
+        ctypes.POINTER(_Input),
+        ctypes.POINTER(_Sums),
+        _I,
+        _P,
+        _L,
+        _I,
+        _L,
+        ctypes.POINTER(_Output),
+        _I,
+        _I,
+    ],
+    "qvsr_engine": [],
 }
 
 
@@ -82,7 +116,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return load(build()), None
     except BuildError as error:
-        log.warning("activations are rounded by plain PyTorch, several times as slow: %s", error)
+        log.warning("packed layers round and scale by plain PyTorch, several times as slow: %s", error)
         return None, str(error)
 
 
@@ -97,7 +131,7 @@ def build(into: Path | None = None) -> Path:
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
         raise BuildError(f"there is no C compiler {os.environ.get('CC') or 'cc'!r}; install gcc, or name one in the variable CC")
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in sorted(SOURCES.iterdir())))
     for fact in (*FLAGS, compiler, run([compiler, "--version"]), _processor()):
         key.update(fact.encode() + b"\0")
     name = f"cpu-{key.hexdigest()[:16]}.so"
@@ -109,8 +143,10 @@ def build(into: Path | None = None) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=place) as scratch:
                 # linked without -fopenmp: its functions are those of the library that torch has loaded, and so are its threads
-                run([compiler, *FLAGS, "-c", str(SOURCE), "-o", f"{scratch}/cpu.o"])
-                run([compiler, "-shared", f"{scratch}/cpu.o", "-lm", "-o", f"{scratch}/cpu.so"])
+                units = sorted(SOURCES.glob("*.c"))
+                for source in units:
+                    run([compiler, *FLAGS, "-c", str(source), "-o", f"{scratch}/{source.stem}.o"])
+                run([compiler, "-shared", *(f"{scratch}/{source.stem}.o" for source in units), "-lm", "-o", f"{scratch}/cpu.so"])
                 os.replace(f"{scratch}/cpu.so", place / name)
             return place / name
         except OSError as error:
@@ -126,7 +162,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise BuildError(f"{path.name} does not load: {error}") from None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int if name == "qvsr_activation" else None
+        function.argtypes, function.restype = arguments, None if name in ("qvsr_finish", "qvsr_unpack") else ctypes.c_int
     return found
 
 
@@ -198,7 +234,7 @@ def quantize_activation(
 
 
 class _Rotation(NamedTuple):
-    """What a rotation looks like to ``csrc/cpu.c``; the first three keep the memory."""
+    """What a rotation looks like to ``activation.c``; the first three keep the memory."""
 
     signs: Tensor
     factors: Tensor
@@ -216,14 +252,95 @@ def _rotation(rotation: tuple[Tensor, ...], signs: Tensor, left: bool) -> _Rotat
 
 
 def finish(out: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None, parts: Sequence[Sums]) -> None:
-    """``qvsr_finish`` of ``csrc/cpu.c``; see :func:`qvsr.kernels.finish.finish`."""
+    """``qvsr_finish`` of ``layer.c``; see :func:`qvsr.kernels.finish.finish`."""
     found = (_Sums * len(parts))()
     for there, part in zip(found, parts, strict=True):
         pointers = (None if values is None else values.data_ptr() for values in part[1:])
         there.__init__(part.sums.data_ptr(), part.sums.stride(0), *pointers, part.sums.dtype == torch.int32, part.scale.dim() > 0)
-    start = None if bias is None else bias.data_ptr()
+    _found().qvsr_finish(_output(out, bias, thin, up), found, len(parts), *out.shape, torch.get_num_threads())
+
+
+def _output(out: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None) -> _Output:
     branch = (None, None, 0, 0) if thin is None or up is None else (thin.data_ptr(), up.data_ptr(), up.shape[0], up.stride(0))
-    _found().qvsr_finish(out.data_ptr(), out.stride(0), start, *branch, found, len(parts), *out.shape, torch.get_num_threads())
+    return _Output(out.data_ptr(), out.stride(0), None if bias is None else bias.data_ptr(), *branch)
+
+
+ENGINES = (None, "vnni", "amx")  # as in csrc/cpu/layer.c
+
+
+@functools.lru_cache(maxsize=1)
+def engine() -> int:
+    """The number of what multiplies in :func:`layer`, among `ENGINES`; 0: nothing, there is no :func:`layer`."""
+    found = library()
+    return 0 if found is None else int(found.qvsr_engine())
+
+
+def described() -> str:
+    """What multiplies and what rounds on this machine, in one line, where there are integer instructions at all (:func:`qvsr.kernels.cpu.missing`)."""
+    names = {"amx": "AMX", "vnni": "AVX-512 VNNI"}
+    if name := ENGINES[engine()]:
+        return f"8-bit integer products by {names[name]}, inputs rounded, sums scaled, all in C"
+    if library() is None:
+        return f"8-bit integer products by torch._int_mm; inputs rounded by PyTorch, more slowly: {missing()}"
+    return "8-bit integer products by torch._int_mm; inputs rounded in C"
+
+
+class Input(NamedTuple):
+    """One part of a layer's input and what scales its sums.
+
+    Attributes:
+        q: uint8, contiguous, channels last; centre: int8 ``(N,)``, what is subtracted from the weight.
+        step: scales of the weight ``(N,)``; scale: of the inputs, ``()`` or one a position of the output; zero_point: int32, shaped alike.
+        total: int32 ``(N,)``, sums of the centred weight; rest: int32 ``(N,)``, centre less zero point, or None: nothing.
+    """
+
+    q: Tensor
+    centre: Tensor
+    step: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    total: Tensor
+    rest: Tensor | None
+
+
+class Window(NamedTuple):
+    """What a layer sees of its input; sizes of up to three axes. A linear layer has one axis, its rows, and kernels of 1."""
+
+    frames: int
+    input: Sequence[int]
+    output: Sequence[int]
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+
+def layer(
+    out: Tensor,
+    window: Window,
+    parts: Sequence[Input],
+    weight: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+) -> None:
+    """``qvsr_layer`` of ``layer.c``: packed weights times rounded inputs, scaled, with branch and bias, into `out` ``(M, N)``."""
+    inputs, sums, first = (_Input * len(parts))(), (_Sums * len(parts))(), 0
+    taps = math.prod(window.kernel)
+    for index, part in enumerate(parts):
+        inputs[index] = _Input(part.q.data_ptr(), part.q.shape[-1], first, part.centre.data_ptr())
+        first += part.q.shape[-1] * taps
+        rest = None if part.rest is None else part.rest.data_ptr()
+        pointers = (values.data_ptr() for values in (part.step, part.scale, part.zero_point, part.total))
+        sums[index] = _Sums(None, 0, *pointers, rest, None, 1, part.scale.dim() > 0)
+    shape = _Shape(window.frames)
+    for name, fill in zip(Window._fields[1:], (1, 1, 1, 1, 0, 1), strict=True):
+        values = tuple(getattr(window, name))
+        setattr(shape, name, (3 * ctypes.c_int64)(*(fill,) * (3 - len(values)), *values))
+    head = (shape, inputs, sums, len(parts), weight.data_ptr(), weight.shape[1], bits, out.shape[1], _output(out, bias, thin, up))
+    if code := _found().qvsr_layer(*head, engine(), torch.get_num_threads()):
+        raise MemoryError("a packed layer: no memory for a panel of its weight") if code == 1 else RuntimeError(f"qvsr_layer: code {code}")
 
 
 class Sums(NamedTuple):

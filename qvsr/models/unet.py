@@ -76,7 +76,8 @@ class GatedGelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        opened = F.gelu(gate)
+        return value * opened if torch.is_grad_enabled() else opened.mul_(value)
 
 
 class FeedForward(nn.Module):

@@ -16,7 +16,6 @@ from qvsr.registry import suggest
 
 REQUIREMENTS = ("packed", "cuda")
 CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
-INTEGER_OPERATORS = ("qlinear_pointwise", "qconv_pointwise", "qlinear_prepack", "qconv_prepack")  # of torch.ops.onednn
 ENCODERS = ("libx264", "libvpx-vp9")
 
 
@@ -49,9 +48,7 @@ def layer_paths() -> list[LayerPath]:
     elif reason := importlib.import_module("qvsr.kernels.cpu").missing():
         found = ("reference", reason)
     else:
-        reason = importlib.import_module("qvsr.kernels.native").missing()
-        rounding = "inputs rounded in C" if reason is None else f"inputs rounded by PyTorch, more slowly: {reason}"
-        found = ("packed", f"8-bit integer products by oneDNN and torch._int_mm; {rounding}")
+        found = ("packed", importlib.import_module("qvsr.kernels.native").described())
     return [LayerPath(kind, *found) for kind in KINDS.values()]
 
 
@@ -96,7 +93,6 @@ def report(folder: Path = Path()) -> dict[str, Any]:
             "version": torch.__version__,
             "onednn": torch.backends.mkldnn.is_available(),
             "int_mm": hasattr(torch, "_int_mm"),
-            "integer_operators": [name for name in INTEGER_OPERATORS if hasattr(torch.ops.onednn, name)],
         },
         "cuda": _cuda(),
         "video": _video(),
@@ -156,13 +152,15 @@ def show(found: dict[str, Any]) -> str:
         cuda_line = f"CUDA {cuda['version']}: {gpus}"
     else:
         cuda_line = f"no: {cuda['reason']}"
-    operators = ", ".join([*(["_int_mm"] if torch["int_mm"] else []), *torch["integer_operators"]]) or "none"
     lines = [
         ("processor", f"{cpu['name']} ({cpu['machine']}), {cpu['cores']} cores for this process"),
         ("features", f"{', '.join(cpu['features']) or 'none known'}; torch uses {cpu['torch_uses']}"),
         ("memory", f"{memory['available_gb']} of {memory['total_gb']} GB available" if memory else "not known on this system"),
         ("disk", f"{found['disk']['free_gb']} GB free in {found['disk']['folder']}"),
-        ("torch", f"{torch['version']}, {'with' if torch['onednn'] else 'without'} oneDNN; integer operators: {operators}"),
+        (
+            "torch",
+            f"{torch['version']}, {'with' if torch['onednn'] else 'without'} oneDNN, {'with' if torch['int_mm'] else 'without'} _int_mm",
+        ),
         ("GPU", cuda_line),
         (
             "video",

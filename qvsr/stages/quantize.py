@@ -9,7 +9,7 @@ from qvsr.devices import moved, pick
 from qvsr.provenance import code_digest
 from qvsr.registry import BASELINES, plugins
 
-CODE = ("qvsr/quant/**/*.py", "qvsr/quantvsr.py", "qvsr/kernels/**/*.py", "qvsr/kernels/csrc/cpu.c", "baselines/*.py")
+CODE = ("qvsr/quant/**/*.py", "qvsr/quantvsr.py", "qvsr/kernels/**/*.py", "qvsr/kernels/csrc/cpu/*", "baselines/*.py")
 
 
 class QuantizeStageError(ValueError):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qvsr.quant.exported import Model
 
 DEFAULT_MODEL = ROOT / "weights" / "mgld-mini-quantvsr-W4A4.safetensors"
-CODE = ("qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py", "qvsr/kernels/csrc/cpu.c")
+CODE = ("qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py", "qvsr/kernels/csrc/cpu/*")
 PNG_SHARE = 0.35  # of the bytes of raw frames, at least: restored frames of the small model took 0.37 to 0.78
 STATE = "state.json"
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ rule bench:
             "qvsr/speed/*.py",
             "qvsr/quant/**/*.py",
             "qvsr/kernels/**/*.py",
-            "qvsr/kernels/csrc/cpu.c",
+            "qvsr/kernels/csrc/cpu/*",
             "qvsr/models/**/*.py",
         ),
     shell:

@@ -30,7 +30,7 @@ rule layers:
             "qvsr/quantvsr.py",
             "qvsr/quant/**/*.py",
             "qvsr/kernels/**/*.py",
-            "qvsr/kernels/csrc/cpu.c",
+            "qvsr/kernels/csrc/cpu/*",
             "qvsr/data/calibration.py",
             "qvsr/models/**/*.py",
         ),

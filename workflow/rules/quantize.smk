@@ -24,7 +24,7 @@ rule quantize:
             "!qvsr/quant/cost.py",
             "qvsr/quantvsr.py",
             "qvsr/kernels/**/*.py",
-            "qvsr/kernels/csrc/cpu.c",
+            "qvsr/kernels/csrc/cpu/*",
             "qvsr/data/calibration.py",
             "qvsr/devices.py",
             "qvsr/models/**/*.py",

@@ -30,7 +30,7 @@ rule restore:
             "qvsr/quant/**/*.py",
             "!qvsr/quant/cost.py",
             "qvsr/kernels/**/*.py",
-            "qvsr/kernels/csrc/cpu.c",
+            "qvsr/kernels/csrc/cpu/*",
         ),
     shell:
         "python -m qvsr restore --config {params.config} --method {wildcards.method} --bits {wildcards.bits}"

@@ -59,6 +59,18 @@ def test_rotated_integers_are_those_of_the_dense_matrix(n: int, left: bool) -> N
 
 
 @here
+@pytest.mark.parametrize("scale", [1e-38, 3e-31, 1e-4, 0.0123456789, 1 / 3, 1.9999999, 7.1e5, 3e31])
+def test_quotients_are_rounded_as_divisions_are(scale: float) -> None:
+    """Around every boundary between two integers, a few last digits to both sides; and far beyond the range."""
+    s, steps = torch.tensor(scale), torch.arange(-1.5, 256.5, 0.5).repeat_interleave(41)
+    x = (steps.double() * s.double()).float()
+    x = (x.view(torch.int32) + torch.arange(-20, 21, dtype=torch.int32).repeat(len(x) // 41)).view(torch.float32)
+    x = torch.cat([x[x.isfinite()], torch.tensor([0.0, -0.0, 1e-45, 3e38, -3e38, math.inf, -math.inf])]).view(-1, 1)
+    found, _, _ = native.quantize_activation(x, 0, 1, False, False, [], None, 8, "tensor", False, 0.0, None, s, torch.tensor(3.0))
+    assert torch.equal(found, ((x / s).round().clamp(-3, 252) + 3).to(torch.uint8))
+
+
+@here
 @pytest.mark.parametrize("granularity", ["tensor", "frame", "token"])
 def test_nan_is_kept_in_what_it_touches_and_refused_by_fixed_ranges(granularity: str) -> None:
     x = torch.randn(4, 33, 24)
@@ -159,7 +171,7 @@ def test_without_a_compiler_pytorch_does_it_and_says_so_once(monkeypatch: pytest
         assert scale.item() == pytest.approx((x.max() - x.min()).item() / 15) and q.max() == 15
         text = "there is no C compiler 'no-such-compiler'; install gcc, or name one in the variable CC"
         assert [record.getMessage() for record in caplog.records] == [
-            f"activations are rounded by plain PyTorch, several times as slow: {text}"
+            f"packed layers round and scale by plain PyTorch, several times as slow: {text}"
         ]
         assert native.missing() == text
     finally:
@@ -168,9 +180,9 @@ def test_without_a_compiler_pytorch_does_it_and_says_so_once(monkeypatch: pytest
 
 @here
 def test_a_failed_build_names_the_first_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "cpu.c"
-    source.write_text("int broken(void) { return missing; }\n")
-    monkeypatch.setattr(native, "SOURCE", source)
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "cpu.c").write_text("int broken(void) { return missing; }\n")
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "sources")
     with pytest.raises(
         native.BuildError, match=r"cpu\.c:1:\d+: error: .*missing.* undeclared.*; the command was: .*cc .*-ffp-contract=off"
     ):

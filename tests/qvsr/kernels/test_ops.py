@@ -12,24 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvsr.kernels import cpu, ops, reference
+from qvsr.kernels import cpu, native, ops, reference
 from qvsr.kernels.packing import pack_weight
 from qvsr.quant import affine
 
-WAYS = ("onednn", "int_mm", "reference")
+WAYS = ("amx", "vnni", "int_mm", "reference")
 integer_kernels = pytest.mark.skipif(cpu.missing() is not None, reason=f"no integer kernels here: {cpu.missing()}")
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way in turn; the first two choose by size, which is switched off."""
+    """Each way in turn."""
     if request.param == "reference":
         monkeypatch.setattr(cpu, "missing", lambda: "a test asks for the reference")
         return request.param
     if cpu.missing() is not None:
         pytest.skip(f"no integer kernels here: {cpu.missing()}")
-    monkeypatch.setattr(cpu, "KEPT_BELOW", 2**40 if request.param == "onednn" else -1)
-    monkeypatch.setattr(cpu, "POSITIONS_PER_INPUT", 0 if request.param == "onednn" else math.inf)
+    engine = native.ENGINES.index({"int_mm": None}.get(request.param, request.param))
+    if engine > native.engine():
+        pytest.skip(f"this CPU has no {request.param}, or there is no C compiler: {native.missing()}")
+    monkeypatch.setattr(native, "engine", lambda: engine)
     return request.param
 
 
@@ -182,17 +184,25 @@ def test_one_and_two_threads_give_the_same_bytes(name: str, way: str) -> None:
 
 
 @integer_kernels
-def test_what_is_kept_belongs_to_the_weight() -> None:
+def test_what_is_known_of_a_weight_follows_it() -> None:
     case = Case((8, 4), **CONV)
-    assert cpu.kept_bytes(case.packed) == 0
     first = case.run()
-    kept = cpu.kept_bytes(case.packed)
-    assert kept >= case.w.numel()
-    case.packed.zero_()  # in place: what was kept is out of date
+    case.packed.zero_()  # in place: what was known is out of date
     case.w.zero_()
     assert not torch.equal(case.run(), first) and np.abs(case.run().numpy() - case.expected()).max() < 1e-3  # of 700
-    cpu.forget(case.packed)
-    assert cpu.kept_bytes(case.packed) == 0
+
+
+@pytest.mark.skipif(native.engine() == 0, reason=f"there is no product of our own here: {native.missing()}")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_engines_give_the_same_bytes_in_several_panels(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of 2.5 MB is unpacked in panels, for 165 positions in six blocks, the last of both incomplete."""
+    case = Case((700, 90), 370, bits, (3, 5, 11), (3, 3), padding=(1, 1), ranges="frame", rank=5)
+    results = {}
+    for engine in range(native.engine() + 1):
+        monkeypatch.setattr(native, "engine", lambda engine=engine: engine)
+        results[native.ENGINES[engine]] = case.run()
+    assert np.allclose(results[None].numpy(), case.expected(), rtol=1e-5, atol=1e-5 * np.abs(case.expected()).max())
+    assert len(results) > 1 and all(torch.equal(found, results[None]) for found in results.values())
 
 
 def quantize(x: Tensor, granularity: str = "tensor", bits: int = 4, channels_first: bool = False, **given) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +333,6 @@ def test_the_reference_says_once_why_it_computes(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda patch: patch.setattr(torch.backends.mkldnn, "is_available", lambda: False), "this PyTorch is built without oneDNN"),
         (lambda patch: patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}), "no 8-bit dot products without saturation"),
         (lambda patch: patch.delattr(torch, "_int_mm"), "this PyTorch has no torch._int_mm"),
         (lambda patch: patch.setattr(torch, "_int_mm", lambda q, w: torch.zeros(16, 16)), "_int_mm of this CPU loses large products"),
@@ -331,6 +340,7 @@ def test_the_reference_says_once_why_it_computes(monkeypatch: pytest.MonkeyPatch
 )
 @integer_kernels
 def test_what_can_be_missing_is_named(change, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "engine", lambda: 0)
     change(monkeypatch)
     cpu.missing.cache_clear()
     try:
@@ -341,13 +351,11 @@ def test_what_can_be_missing_is_named(change, reason: str, monkeypatch: pytest.M
     assert cpu.missing() is None
 
 
-@pytest.mark.skipif(cpu.missing() is not None, reason=f"the integer kernels cannot be used here: {cpu.missing()}")
 @pytest.mark.parametrize("conv", [False, True])
-def test_sums_that_float32_cannot_carry_whole_are_added_up_in_pieces(conv: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All weights of a channel on one side of the middle: oneDNN's sums before the zero point's share is off are beyond 2^24, the true ones are not."""
+def test_sums_are_exact_where_products_alone_exceed_float32(conv: bool, way: str) -> None:
+    """All weights of a channel on one side of the middle: sums before the zero point's share is off are beyond 2^24, the true ones are not."""
     generator = torch.Generator().manual_seed(0)
     channels = 1200 if conv else 4000
-    monkeypatch.setattr(cpu, "KEPT_BELOW", 2**40)
     integers = torch.randint(0, 40, (6, channels, *(3, 3) * conv), dtype=torch.uint8, generator=generator)
     integers[:, 0] = 255
     weight, scale, zero = pack_weight(integers, 8, [channels]), torch.ones(6, 1), torch.full((6, 1), 20.0)
@@ -359,5 +367,3 @@ def test_sums_that_float32_cannot_carry_whole_are_added_up_in_pieces(conv: bool,
     expected = torch.nn.functional.conv2d(u.movedim(-1, 1), w, padding=1).movedim(1, -1) if conv else u @ w.T
     assert expected.abs().max() < 2**24 < 128 * (integers.double() - 128).flatten(1).sum(1).abs().max()
     assert torch.equal(found.double(), expected)
-    pieces = cpu._facts(weight, 8, zero, [channels], how[0] if how else ()).pieces
-    assert len(pieces[0]) > 1

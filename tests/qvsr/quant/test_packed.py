@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qvsr.config import load
-from qvsr.kernels import cpu
+from qvsr.kernels import native
 from qvsr.kernels.packing import row_bytes
 from qvsr.models.checkpoints import load_backbone
 from qvsr.quant import apply, checkpoint
@@ -36,12 +35,13 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 each_module = pytest.mark.parametrize("name", MODULES)
 
 
-@pytest.fixture(params=["many positions", "few positions"])
-def positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of the CPU, which chooses by size."""
-    many = request.param == "many positions"
-    monkeypatch.setattr(cpu, "KEPT_BELOW", 2**40 if many else -1)
-    monkeypatch.setattr(cpu, "POSITIONS_PER_INPUT", 0 if many else math.inf)
+@pytest.fixture(params=["our own", "int_mm"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both products of a CPU."""
+    if request.param == "int_mm":
+        monkeypatch.setattr(native, "engine", lambda: 0)
+    elif not native.engine():
+        pytest.skip(f"there is no product of our own here: {native.missing()}")
     return request.param
 
 
@@ -71,7 +71,7 @@ def _inference():
 @each_module
 @pytest.mark.parametrize("granularity", ["tensor", "frame", "token"])
 @pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (3, 7), (8, 16)])
-def test_packed_is_simulated(name: str, granularity: str, bits: tuple[int, int], positions: str) -> None:
+def test_packed_is_simulated(name: str, granularity: str, bits: tuple[int, int], product: str) -> None:
     module, x = module_and_input(name)
     channels = x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1]
     cuts = ((), (channels // 3, channels - channels // 3)) if channels > 1 else ((),)
@@ -84,7 +84,7 @@ def test_packed_is_simulated(name: str, granularity: str, bits: tuple[int, int],
 
 @pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv3d"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_offset_smoothing_clips_and_tables_by_timestep(name: str, bits: int, positions: str) -> None:
+def test_offset_smoothing_clips_and_tables_by_timestep(name: str, bits: int, product: str) -> None:
     module, x = module_and_input(name)
     generator = torch.Generator().manual_seed(1)
     smooth, offset = torch.rand(24, generator=generator) + 0.5, torch.randn(24, generator=generator)
@@ -122,7 +122,7 @@ EXTREMES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", ["linear", "linear, odd", "linear, one input", "conv2d", "conv2d strided", "conv3d"])
 @pytest.mark.parametrize("values", EXTREMES)
-def test_extreme_inputs(name: str, values: str, positions: str) -> None:
+def test_extreme_inputs(name: str, values: str, product: str) -> None:
     module, x = module_and_input(name)
     x = EXTREMES[values](x)
     for bits, granularity in itertools.product((4, 8), ("tensor", "frame")):
@@ -236,7 +236,7 @@ def mini(bits: int) -> tuple[nn.Module, tuple]:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d", "conv3d"])
-def test_one_and_two_threads_give_the_same_bytes(name: str, positions: str) -> None:
+def test_one_and_two_threads_give_the_same_bytes(name: str, product: str) -> None:
     """With rotation and branch, which are products in float32; here they do not depend on the threads either."""
     module, x = module_and_input(name)
     x = torch.cat([x] * 40, -1) if not isinstance(module, nn.Linear) else torch.cat([x] * 40, 0)

@@ -1,8 +1,4 @@
-/* Three loops of packed execution that PyTorch has no operator for: what stands before and behind the integer products.
- *
- *   qvsr_activation   activations to integers: rotate, find the range, rotate again, round, channels last
- *   qvsr_finish       whole-number sums to the layer's output: times the scales, plus what is there
- *   qvsr_unpack       packed weights to centred 8-bit integers
+/* Activations to integers: rotate, find the range, rotate again, round, channels last.
  *
  * Plain C with GCC's vector types, compiled for the machine it runs on (qvsr/kernels/native.py); OpenMP's threads are those of torch.
  * A float32 activation of a convolution with 320 channels at 64x64 takes 26 MB. In PyTorch rotation, range, division, rounding, clamping,
@@ -15,16 +11,13 @@
  * Every loop gives the same bytes for any number of threads: threads divide tiles and rows, and nothing is summed across them. Products
  * and sums of the same expression are not fused (-ffp-contract=off), so the plain PyTorch versions give the same bytes too, rotation apart.
  */
+#include "vectors.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 16, LARGEST_FACTOR = 64 };
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef float uvec_load __attribute__((vector_size(4 * LANES), aligned(4)));
+enum { LARGEST_FACTOR = 64 };
 
 /* One part of an input: its channels start .. start + n of `channels`.
  * frames x positions rows; channels first: x[frame][channel][position], else x[frame][position][channel]. */
@@ -37,9 +30,6 @@ typedef struct {
     const int32_t *sizes;
     int32_t count;
 } Part;
-
-static inline vec splat(float value) { return value - (vec){0}; }
-static inline vec either(ivec which, vec yes, vec no) { return (vec)(((ivec)yes & which) | ((ivec)no & ~which)); }
 
 static void butterflies(vec *t, int64_t n, int64_t inner) {
     for (int64_t o = 0; o < n; o += 2 * inner)
@@ -63,57 +53,39 @@ static void double_butterflies(vec *t, int64_t n, int64_t inner) {
         }
 }
 
-/* Fused products and sums: those by +-1 are exact, so the bytes are the same. */
-__attribute__((optimize("fp-contract=fast"))) static void dense(vec *t, int64_t n, int64_t inner, int s, const float *h) {
+/* Products and sums are fused: those by +-1 are exact, so the bytes are the same. `together` rows at a time hide how long a sum takes. */
+static inline __attribute__((always_inline)) void rows_of(vec *t, int64_t inner, int s, const float *h, const vec *in, int k, int together) {
+    vec y[10];
+#pragma GCC unroll 10
+    for (int r = 0; r < together; r++) y[r] = (vec){0};
+#pragma GCC unroll 20
+    for (int j = 0; j < s; j++)
+#pragma GCC unroll 10
+        for (int r = 0; r < together; r++) y[r] = fused(in[j], splat(h[(k + r) * s + j]), y[r]);
+#pragma GCC unroll 10
+    for (int r = 0; r < together; r++) t[(k + r) * inner] = y[r];
+}
+
+static inline __attribute__((always_inline)) void product(vec *t, int64_t n, int64_t inner, int s, const float *h, int together) {
     vec in[LARGEST_FACTOR];
     for (int64_t o = 0; o < n; o += s * inner)
         for (int64_t i = o; i < o + inner; i++) {
+#pragma GCC unroll 20
             for (int j = 0; j < s; j++) in[j] = t[i + j * inner];
             int k = 0;
-            for (; k + 4 <= s; k += 4) {
-                const float *h0 = h + k * s, *h1 = h0 + s, *h2 = h1 + s, *h3 = h2 + s;
-                vec y0 = {0}, y1 = {0}, y2 = {0}, y3 = {0};
-                for (int j = 0; j < s; j++) {
-                    y0 += in[j] * h0[j];
-                    y1 += in[j] * h1[j];
-                    y2 += in[j] * h2[j];
-                    y3 += in[j] * h3[j];
-                }
-                t[i + k * inner] = y0;
-                t[i + (k + 1) * inner] = y1;
-                t[i + (k + 2) * inner] = y2;
-                t[i + (k + 3) * inner] = y3;
-            }
-            for (; k < s; k++) {
-                vec y = {0};
-                for (int j = 0; j < s; j++) y += in[j] * h[k * s + j];
-                t[i + k * inner] = y;
-            }
+            for (; k + together <= s; k += together) rows_of(t + i, inner, s, h, in, k, together);
+            for (; k < s; k++) rows_of(t + i, inner, s, h, in, k, 1);
         }
 }
 
-/* 16 rows of 16 channels to 16 channels of 16 rows. */
-static void transpose(vec *m) {
-    vec n[16];
-    static const ivec low1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-    static const ivec high1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-    static const ivec low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    static const ivec high2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-    static const ivec low4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-    static const ivec high4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-    static const ivec low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    static const ivec high8 = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-#define STAGE(from, to, step, low, high)                              \
-    for (int i = 0; i < 16; i++)                                      \
-        if (!(i & step)) {                                            \
-            to[i] = __builtin_shuffle(from[i], from[i + step], low);  \
-            to[i + step] = __builtin_shuffle(from[i], from[i + step], high); \
-        }
-    STAGE(m, n, 1, low1, high1)
-    STAGE(n, m, 2, low2, high2)
-    STAGE(m, n, 4, low4, high4)
-    STAGE(n, m, 8, low8, high8)
-#undef STAGE
+/* The two sizes that channels of diffusion models ask for, and any other. */
+static void dense(vec *t, int64_t n, int64_t inner, int s, const float *h) {
+    if (s == 20)
+        product(t, n, inner, 20, h, 10);
+    else if (s == 12)
+        product(t, n, inner, 12, h, 6);
+    else
+        product(t, n, inner, s, h, 8);
 }
 
 /* All channels of up to 16 positions, rotated. Lanes beyond `width` repeat the first position: they change no range. */
@@ -123,7 +95,7 @@ static void load(const Part *p, int64_t frame, int64_t first, int width, vec *t)
         const float *x = p->x + (frame * p->channels + p->start) * p->positions + first;
         for (int64_t c = 0; c < n; c++, x += p->positions) {
             if (width == LANES)
-                t[c] = (vec) * (const uvec_load *)x;
+                t[c] = (vec) * (const vec_load *)x;
             else
                 for (int l = 0; l < LANES; l++) ((float *)&t[c])[l] = x[l < width ? l : 0];
         }
@@ -131,7 +103,7 @@ static void load(const Part *p, int64_t frame, int64_t first, int width, vec *t)
         const float *x = p->x + (frame * p->positions + first) * p->channels + p->start;
         int64_t c = 0;
         for (; c + 16 <= n; c += 16) {
-            for (int l = 0; l < LANES; l++) t[c + l] = (vec) * (const uvec_load *)(x + (l < width ? l : 0) * p->channels + c);
+            for (int l = 0; l < LANES; l++) t[c + l] = (vec) * (const vec_load *)(x + (l < width ? l : 0) * p->channels + c);
             transpose(t + c);
         }
         for (; c < n; c++)
@@ -211,6 +183,21 @@ static int find_range(const Part *p, int by_token, float *low, float *high, int 
     return failed;
 }
 
+/* x / s, rounded once, of s above 0 and its rounded inverse. Two corrections by the exact remainder reach the nearest quotient (Markstein 1990)
+ * in a quarter of the time of a division; where the remainder is none, next to the ends of the exponents, it is divided. */
+static inline vec quotient(vec x, vec s, vec inverse) {
+#ifdef __AVX512F__
+    vec q = x * inverse;
+    q = fused(fused(-q, s, x), inverse, q);
+    q = fused(fused(-q, s, x), inverse, q);
+    const ivec odd = (q != q) | (s < 1e-30f) | (s > 1e30f);
+    return _mm512_test_epi32_mask((__m512i)odd, (__m512i)odd) ? x / s : q;
+#else
+    (void)inverse;
+    return x / s;
+#endif
+}
+
 /* Integers 0 .. top, channels last, q[frames][positions][n]: clamp(round(v / scale), -zero, top - zero) + zero.
  * scale and zero are one number (stride 0), one a frame (1) or one a position (2).
  * Returns 0; 1 without memory, 2 if there was NaN, 3 if both. */
@@ -238,27 +225,31 @@ static int quantize(const Part *p, const float *scale, const float *zero, int st
                     z[l] = zero[row + (l < width ? l : 0)];
                 }
             const vec least = -z, most = (float)top - z;
+            const vec inverse = 1 / s;
             uint8_t *out = q + row * n;
-            int64_t c = 0;
-            for (; c < n; c += 4) {
-                const int some = n - c < 4 ? (int)(n - c) : 4;
-                uvec packed = {0};
-                for (int k = 0; k < some; k++) {
-                    vec v = t[c + k] / s;
-                    missing |= t[c + k] != t[c + k];
-                    float r[LANES] __attribute__((aligned(64)));
-                    memcpy(r, &v, sizeof r);
-                    for (int l = 0; l < LANES; l++) r[l] = __builtin_rintf(r[l]);
-                    memcpy(&v, r, sizeof r);
-                    v = either(v < least, least, v);
-                    v = either(v > most, most, v);
-                    packed |= (uvec)__builtin_convertvector(v + z, ivec) << (8 * k);
+            for (int64_t c = 0; c < n; c += 4 * LANES) {
+                const int64_t some = n - c < 4 * LANES ? n - c : 4 * LANES;
+                vec packed[LANES];
+                for (int64_t g = 0; g < (some + 3) / 4; g++) {
+                    uvec four = {0};
+                    for (int64_t k = 0; k < 4 && 4 * g + k < some; k++) {
+                        const vec value = t[c + 4 * g + k];
+                        missing |= value != value;
+                        vec v = quotient(value, s, inverse);
+                        for (int l = 0; l < LANES; l++) v[l] = __builtin_rintf(v[l]);
+                        v = either(v < least, least, v);
+                        v = either(v > most, most, v);
+                        four |= (uvec)__builtin_convertvector(v + z, ivec) << (8 * k);
+                    }
+                    packed[g] = (vec)four;
                 }
-                if (some == 4)
-                    for (int l = 0; l < width; l++) memcpy(out + l * n + c, (uint32_t *)&packed + l, 4);
-                else
-                    for (int l = 0; l < width; l++)
-                        for (int k = 0; k < some; k++) out[l * n + c + k] = (uint8_t)(packed[l] >> (8 * k));
+                transpose(packed); /* a position's 64 integers side by side */
+                for (int l = 0; l < width; l++) {
+                    if (some == 4 * LANES)
+                        memcpy(out + l * n + c, packed + l, 4 * LANES);
+                    else
+                        memcpy(out + l * n + c, packed + l, (size_t)some);
+                }
             }
         }
         for (int l = 0; l < LANES; l++) failed |= missing[l] ? 2 : 0;
@@ -308,106 +299,4 @@ int qvsr_activation(const Part *p, int dynamic, int stride, float clip, int symm
         grid(low, high, count, clip, symmetric, floor, top, scale, zero);
     }
     return quantize(p, scale, zero, stride, top, q, threads);
-}
-
-/* One part of a layer's sums, rows of `ld` values. */
-typedef struct {
-    const void *sums; /* whole numbers: float32, or int32 from which zero[m] * total[n] is taken */
-    int64_t ld;
-    const float *step, *scale;         /* step[n], scale[m] or one number */
-    const int32_t *zero, *total;       /* zero[m] or one number; NULL where sums are float32 */
-    const int32_t *rest;               /* rest[n] * inputs[m] belongs to the sums; both NULL: nothing */
-    const float *inputs;
-    int32_t whole, by_row;
-} Sums;
-
-/* Some columns of the branch's second layer (24 KB at rank 24) stay in the nearest cache while the rows of a block pass. */
-enum { COLUMNS = 256, ROWS = 64 };
-
-/* y[n] += sum over r of thin[r] * up[r][n]: four rows of `up` at a time, so that y is loaded and stored less often. */
-__attribute__((optimize("fp-contract=fast"))) static void branch(float *restrict y, const float *thin, const float *up, int64_t rank,
-                                                                  int64_t ld, int64_t n) {
-    int64_t r = 0;
-    for (; r + 4 <= rank; r += 4) {
-        const float a = thin[r], b = thin[r + 1], c = thin[r + 2], d = thin[r + 3];
-        const float *u = up + r * ld, *v = u + ld, *w = v + ld, *x = w + ld;
-        for (int64_t i = 0; i < n; i++) y[i] = a * u[i] + (b * v[i] + (c * w[i] + (d * x[i] + y[i])));
-    }
-    for (; r < rank; r++)
-        for (int64_t i = 0; i < n; i++) y[i] += thin[r] * up[r * ld + i];
-}
-
-/* Columns first .. first + n of row m. */
-static void finish_row(float *out, const float *bias, const float *thin, const float *up, int64_t rank, int64_t ld_up, const Sums *parts,
-                       int count, int64_t m, int64_t first, int64_t n) {
-    float y[COLUMNS] __attribute__((aligned(64)));
-    if (bias)
-        memcpy(y, bias, sizeof(float) * (size_t)n);
-    else
-        memset(y, 0, sizeof(float) * (size_t)n);
-    if (rank) branch(y, thin, up, rank, ld_up, n);
-    for (int part = 0; part < count; part++) {
-        const Sums *p = parts + part;
-        const float *f = (const float *)p->sums + m * p->ld + first, *step = p->step + first;
-        const int32_t *w = (const int32_t *)p->sums + m * p->ld + first;
-        const int32_t *total = p->whole ? p->total + first : NULL, *rest = p->rest ? p->rest + first : NULL;
-        const float s = p->scale[p->by_row ? m : 0], x = rest ? p->inputs[m] : 0;
-        const int32_t z = p->whole ? p->zero[p->by_row ? m : 0] : 0;
-#define ADD(value) \
-    for (int64_t i = 0; i < n; i++) y[i] += (value) * (step[i] * s);
-        if (p->whole && rest)
-            ADD((float)(w[i] - z * total[i]) + (float)rest[i] * x)
-        else if (p->whole)
-            ADD((float)(w[i] - z * total[i]))
-        else if (rest)
-            ADD(f[i] + (float)rest[i] * x)
-        else
-            ADD(f[i])
-#undef ADD
-    }
-    memcpy(out, y, sizeof(float) * (size_t)n);
-}
-
-/* out[m][n] = bias[n] + sum over r of thin[m][r] * up[r][n] + sum over parts of (sum + rest[n] * inputs[m]) * (step[n] * scale[m]),
- * for rows of `ld` values; up has rows of `ld_up`. bias may be NULL; rank 0: no branch. */
-void qvsr_finish(float *out, int64_t ld, const float *bias, const float *thin, const float *up, int64_t rank, int64_t ld_up,
-                 const Sums *parts, int count, int64_t rows, int64_t columns, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < (rows + ROWS - 1) / ROWS; block++)
-        for (int64_t first = 0; first < columns; first += COLUMNS) {
-            const int64_t n = columns - first < COLUMNS ? columns - first : COLUMNS;
-            for (int64_t m = block * ROWS; m < (block + 1) * ROWS && m < rows; m++)
-                finish_row(out + m * ld + first, bias ? bias + first : NULL, rank ? thin + m * rank : NULL, rank ? up + first : NULL, rank,
-                           ld_up, parts, count, m, first, n);
-        }
-}
-
-/* Rows of qvsr/kernels/packing.py's layout in memory, `bits` bytes a group of eight values, less centre: values start .. start + count
- * of each row, to out[rows][count]. */
-void qvsr_unpack(const uint8_t *packed, int64_t row_bytes, int bits, int64_t start, int64_t count, const int8_t *centre, int8_t *out,
-                 int64_t rows, int threads) {
-    const int64_t groups = row_bytes / bits;
-    const int mask = (1 << bits) - 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t m = 0; m < rows; m++) {
-        const uint8_t *row = packed + m * row_bytes;
-        int8_t *y = out + m * count;
-        const uint8_t c = (uint8_t)centre[m];
-        if (bits == 8) {
-            for (int64_t i = 0; i < count; i++) y[i] = (int8_t)(uint8_t)(row[start + i] - c);
-            continue;
-        }
-        for (int stretch = 0; stretch < 8; stretch++) {
-            int64_t from = start - stretch * groups, to = start + count - stretch * groups;
-            from = from < 0 ? 0 : from;
-            to = to > groups ? groups : to;
-            const int byte = stretch * bits / 8, shift = stretch * bits % 8;
-            const uint8_t *a = row + byte * groups, *b = a + groups;
-            int8_t *target = y + stretch * groups - start;
-            if (shift + bits > 8)
-                for (int64_t g = from; g < to; g++) target[g] = (int8_t)(uint8_t)((((a[g] >> shift) | (b[g] << (8 - shift))) & mask) - c);
-            else
-                for (int64_t g = from; g < to; g++) target[g] = (int8_t)(uint8_t)(((a[g] >> shift) & mask) - c);
-        }
-    }
 }
