@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,7 @@ INTERMEDIATE = (100, 120)  # whose PTX is included: a driver translates it for l
 FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 EMULATED = ("-x", "c++", "-std=c++17", "-O2", "-ffp-contract=off", "-fno-gnu-unique", "-fvisibility=hidden", "-DQVSR_EMULATE", "-fPIC")
 NAME = "libqvsr_kernels.so"
+LEFT = 3600  # seconds after which a build's folder is swept up if its process is gone: it was killed
 SKELETON = 4096  # bytes of machine code up to which an entry has no kernel: the linker adds such
 
 _FATBIN = struct.pack("<IH", 0xBA55ED50, 1)
@@ -181,11 +183,31 @@ def find_or_build(architectures: Sequence[int] = ARCHITECTURES, into: Path | Non
         if not (place / "report.json").is_file():
             names = ", ".join(f"sm_{one}" for one in architectures)
             log.warning("building the CUDA kernels for %s with nvcc %s, once; they are kept in %s", names, version_of(nvcc), place)
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".building-") as temporary:
+            _sweep(place.parent)
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".building-{os.getpid()}-") as temporary:
                 _build(nvcc, architectures, Path(temporary) / "whole")
                 shutil.rmtree(place, ignore_errors=True)
                 os.replace(Path(temporary) / "whole", place)
     return _read(place / "report.json")
+
+
+def _sweep(into: Path) -> None:
+    """Remove what builds that were killed have left."""
+    for left in into.glob(".building-*"):
+        process = re.match(r"\.building-(\d+)-", left.name)
+        with suppress(FileNotFoundError):  # another process sweeps as well
+            if time.time() - left.stat().st_mtime > LEFT and not (process and _runs(int(process[1]))):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _build(nvcc: str, architectures: Sequence[int], into: Path, sources: Path = SOURCES) -> None:

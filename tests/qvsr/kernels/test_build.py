@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -219,6 +220,20 @@ def test_a_build_that_fails_leaves_nothing(pretend: Callable[..., Path], tmp_pat
     assert {one.suffix for one in (tmp_path / "cache").iterdir()} == {".lock"}
     assert build.main(["--architectures", "90", "--into", str(tmp_path / "cache")]) == 1
     assert capsys.readouterr().err.startswith("error: a.cu(7): error: no; the command was: ")
+
+
+def test_what_killed_builds_have_left_is_swept_up(pretend: Callable[..., Path], tmp_path: Path) -> None:
+    pretend()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    of_dead, of_living, young = (tmp_path / f".building-{one}" for one in (f"{dead.pid}-a", f"{os.getpid()}-b", f"{dead.pid}-c"))
+    for folder in (of_dead, of_living, young, tmp_path / ".building-of-before"):
+        (folder / "whole").mkdir(parents=True)
+        (folder / "whole" / "matmul.o").write_text("half of it")
+        if folder != young:
+            os.utime(folder, (0, 0))
+    build.find_or_build([90], tmp_path)
+    assert {one.name for one in tmp_path.glob(".building-*")} == {of_living.name, young.name}
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
