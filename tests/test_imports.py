@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> stages -> {baselines, metrics, quantvsr, report, results} -> quant, data -> models, kernels -> config, registry."""
+"""Imports point one way: cli -> stages -> {baselines, metrics, quantvsr, report, results} -> quant, data -> models -> kernels -> config, registry."""
 
 import ast
 import subprocess
@@ -16,7 +16,8 @@ ROWS = (
     ("qvsr.config", "qvsr.provenance"),
     ("qvsr.data.archives", "qvsr.data.download"),
     ("qvsr.data.assets",),
-    ("qvsr.models", "qvsr.kernels", "qvsr.protocols"),
+    ("qvsr.kernels", "qvsr.protocols"),
+    ("qvsr.models",),
     ("qvsr.quant", "qvsr.data", "metrics"),
     ("qvsr.quantvsr", "qvsr.plan", "qvsr.training"),
     ("qvsr.results", "qvsr.forecast", "qvsr.speed"),

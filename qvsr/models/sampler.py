@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qvsr.config import SamplingSettings
+from qvsr.kernels.graphs import recorded
 from qvsr.models.flow import occlusion, resize_flow, warp
 from qvsr.models.schedule import Schedule
 from qvsr.models.tiling import Blend, Box, gaussian_weights, latent_boxes
@@ -122,12 +123,16 @@ def tiled_output(
     step: int,
     timestep: int,
     tiles: Sequence[Box],
+    unet: Callable[..., Tensor],
     observe: Callable[[NetworkCall], None] | None = None,
 ) -> Tensor:
     """The U-Net's output on overlapping tiles, blended with Gaussian weights.
 
     Tiles run one at a time: an activation range that is taken over a call is then that of one tile. The structure features
     are computed anew for each tile and step, since they depend on the tile's part of the LQ latent and on the timestep.
+
+    Args:
+        unet: the calls of the backbone's U-Net (:func:`qvsr.kernels.graphs.recorded`).
     """
     t = torch.tensor([timestep], device=x.device)
     weight = gaussian_weights(tiles[0].right - tiles[0].left, tiles[0].bottom - tiles[0].top).to(x.device)
@@ -135,7 +140,7 @@ def tiled_output(
     for number, box in enumerate(tiles):
         x_tile, lq_tile = box.cut(x), box.cut(lq_latent)
         unet_input = torch.cat([x_tile, lq_tile], dim=1) if backbone.settings.concat_lq else x_tile
-        output = backbone.unet(unet_input, t, backbone.context, backbone.structure(lq_tile, t))
+        output = unet(unet_input, t, backbone.context, backbone.structure(lq_tile, t), timestep=timestep)
         if observe is not None:
             observe(NetworkCall(step, timestep, unet_input, lq_tile, output, number))
         blend.add(box, output, weight)
@@ -162,9 +167,10 @@ def trajectory(
     full = Schedule(backbone.settings.schedule)
     schedule = full.for_sampling(sampling.steps)
     tiles = latent_boxes(lq_latent.shape[-2], lq_latent.shape[-1], sampling.tile, sampling.tile_overlap)
+    unet = recorded(backbone.unet)
     x = full.start(lq_latent, draw("start", lq_latent.shape, -1).to(lq_latent))
     for step in reversed(range(len(schedule))):
-        output = tiled_output(backbone, x, lq_latent, step, schedule.timesteps[step], tiles, observe)
+        output = tiled_output(backbone, x, lq_latent, step, schedule.timesteps[step], tiles, unet, observe)
         x0 = schedule.predict_x0(x, output, step)
         log_variance = schedule.posterior_log_variance_clipped[step]
         # The last step adds no noise; drawing it all the same keeps the published order of draws.

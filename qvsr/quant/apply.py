@@ -128,11 +128,15 @@ def follow_timesteps(network: nn.Module) -> None:
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         t: Tensor = kwargs["t"] if "t" in kwargs else args[1]
+        if t.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # it cannot be read back; the call before, of the same rows, has noted it (qvsr.kernels.graphs)
         values = torch.unique(t)
         if values.numel() != 1:
             raise QuantError(f"tables by timestep need one timestep a call, found {values.tolist()}")
         shared.value = int(values)
 
+    names = ("bounds", "act_timesteps", "bias_timesteps")
+    note.bounds = sorted({bound for layer in tables for name in names for bound in getattr(layer, name, ())})  # type: ignore[attr-defined]
     network.register_forward_pre_hook(note, with_kwargs=True)
 
 

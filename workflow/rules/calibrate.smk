@@ -17,7 +17,12 @@ rule calibrate:
         config=plan.settings_file,
         settings=plan.digest("backbone", "sampling", "calibration", "seed", "threads", "device"),
         code=code_digest(
-            "qvsr/stages/calibrate.py", "qvsr/data/clips.py", "qvsr/data/calibration.py", "qvsr/devices.py", "qvsr/models/**/*.py"
+            "qvsr/stages/calibrate.py",
+            "qvsr/data/clips.py",
+            "qvsr/data/calibration.py",
+            "qvsr/devices.py",
+            "qvsr/models/**/*.py",
+            "qvsr/kernels/graphs.py",
         ),
     shell:
         "python -m qvsr calibrate --config {params.config} --out {output} {input.lq} > {log} 2>&1"

@@ -9,6 +9,7 @@ import torch
 from oracle import oracle
 
 from qvsr.config import SamplingSettings
+from qvsr.models import sampler
 from qvsr.models.noise import KeyedNoise
 from qvsr.models.sampler import Motion, NetworkCall, guide, motion_loss, trajectory
 
@@ -61,6 +62,28 @@ def test_every_call_is_observed() -> None:
         assert torch.equal(call.lq_latent, z[..., left : left + 16])
         struct = backbone.structure(call.lq_latent, torch.tensor([call.timestep]))
         assert torch.equal(backbone.unet(call.x, torch.tensor([call.timestep]), backbone.context, struct), call.output)
+
+
+def test_the_network_is_asked_once_for_calls_that_may_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qvsr.kernels.graphs decides what is recorded; it is told each call's timestep, which it must not read back from a GPU."""
+    backbone, asked, timesteps = oracle("v"), [], list[int]()
+
+    def recorded(network):
+        asked.append(network)
+
+        def call(*arguments, timestep: int) -> torch.Tensor:
+            timesteps.append(timestep)
+            assert arguments[1].tolist() == [timestep]
+            return network(*arguments)
+
+        return call
+
+    z, settings = latent(16, 24), SamplingSettings(steps=3, tile=16, tile_overlap=8)
+    expected = list(trajectory(backbone, z, settings, draw))
+    monkeypatch.setattr(sampler, "recorded", recorded)
+    found = list(trajectory(backbone, z, settings, draw))
+    assert len(asked) == 1 and asked[0] is backbone.unet and timesteps == [999, 999, 500, 500, 0, 0]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_last_step_adds_no_noise() -> None:
