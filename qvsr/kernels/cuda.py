@@ -1,13 +1,13 @@
 """Packed layers on a GPU: the operators of :mod:`qvsr.kernels.ops` by the kernels of ``csrc/``, through ctypes.
 
 A call checks its tensors, fills in the structures of ``csrc/quantize.h`` and ``csrc/api.h`` and starts kernels on PyTorch's current stream of the
-tensors' own device. Nothing here waits for the device. The way from an input to an output:
+tensors' own device. Nothing here waits for the device but a weight's or a rotation's first use. The way from an input to an output:
 
     quantize_activation   x -> q, scale, zero point; and the sums of q's rows, which are kept beside q as long as q is
-    matmul / conv_packed  the weight in the tensor cores' order, made at its first use and kept as long as the weight is -> the output
+    matmul / conv_packed  the weight in the tensor cores' order -> the output, in the type that is asked for
 
-Where there is no library (no ``nvcc``, a build that fails), layers still compute, by PyTorch's own operators: integers through
-``torch._int_mm`` where shapes allow it, else in floating point. That is said once, with the reason.
+The weight is put in that order at its first use on a device. The packed weight of a layer lies on the CPU, so that the GPU holds it once.
+Where there is no library (no ``nvcc``, a build that fails), :mod:`qvsr.kernels.fallback` computes. That is said once, with the reason.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qvsr.kernels import build, header, ops, reference
-from qvsr.kernels.packing import row_bytes, unpack_weight
-from qvsr.kernels.reference import output_shape, spread
+from qvsr.kernels import build, fallback, header, ops, reference
 from qvsr.kernels.rotate import rotate
 
 GRANULARITIES = {name: index for index, name in enumerate(ops.GRANULARITIES)}
+RESULTS = {torch.float32: "QVSR_FLOAT32", torch.float16: "QVSR_FLOAT16", torch.bfloat16: "QVSR_BFLOAT16"}
 DENSE = 128  # channels above which a matrix that has no factors is left to the library of matrix products
-BLOCK = 2**24  # sums of the fallback at a time
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -154,36 +152,18 @@ def _captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _finished(x: Tensor) -> None:
+    """Wait for what the current stream makes of `x`: other streams are going to read it, too."""
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()
+
+
 def _three(values: Sequence[int]) -> Any:
     return (c_int64 * 3)(*values)
 
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _check(name: str, device: torch.device, **tensors: Tensor | None) -> None:
-    """Each tensor is float32, contiguous, and on the device of the first argument."""
-    for what, tensor in tensors.items():
-        if tensor is None:
-            continue
-        _check_device(name, what, tensor, device)
-        if tensor.dtype != torch.float32:
-            raise ops.OperatorError(f"{name}: {what} is {str(tensor.dtype).removeprefix('torch.')}, float32 is needed")
-        _check_layout(name, what, tensor)
-
-
-def _check_device(name: str, what: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ops.OperatorError(f"{name}: {what} is on {tensor.device}, other arguments are on {device}; move it there")
-
-
-def _check_layout(name: str, what: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ops.OperatorError(f"{name}: {what} {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous; call contiguous()")
 
 
 def _started(name: str, code: int, message: Any) -> None:
@@ -226,34 +206,19 @@ def quantize_activation(
 
     NaN in `x` makes scales NaN: on a GPU an error would have to wait for the device.
     """
-    name = "quantize_activation"
-    channels = x.shape[1 if channels_first else -1] if x.dim() > 1 else 0
-    if not 0 <= start < stop <= channels:
-        raise ops.OperatorError(f"{name}: channels {start} to {stop} are not among the {channels} of x {tuple(x.shape)}")
-    if granularity not in GRANULARITIES:
-        raise ops.OperatorError(f"{name}: granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
-    if not (2 <= bits <= 8 or bits == 16):
-        raise ops.OperatorError(f"{name}: {bits} bits are not possible; 2 to 8 are, and 16")
-    if x.dtype != torch.float32:
-        raise ops.OperatorError(f"{name}: x is {str(x.dtype).removeprefix('torch.')}, float32 is needed")
-    last = not channels_first or x.movedim(1, -1).is_contiguous()
-    if not (last and channels_first):
-        _check_layout(name, "x", x)
-    _check(name, x.device, signs=signs, clip=clip, scale=scale, zero_point=zero_point)
+    name, fixed = "quantize_activation", scale is not None and zero_point is not None
+    ops.check_activation(x, start, stop, channels_first, bits, granularity, fixed, last=True)
+    ops.check(name, x.device, signs=signs, clip=clip, scale=scale, zero_point=zero_point)
     for factor in rotation:
-        _check_device(name, "rotation", factor, x.device)
-    fixed = scale is not None and zero_point is not None
-    if not x.numel() and not fixed:
-        raise ops.OperatorError(f"{name}: x {tuple(x.shape)} is empty and so has no range; a layer returns its empty output itself")
+        ops.check_device(name, "rotation", factor, x.device)
+    rest = (bits, granularity, symmetric, floor, clip, scale, zero_point)
     library = _library(x)
     if library is None or bits == 16 or not x.numel():
-        rest = (left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point)
-        return reference.quantize_activation(x, start, stop, channels_first, *rest)
-    if rotation and len(rotation) == 1 and len(rotation[0]) > DENSE and signs is None:
-        return _rotated_before(
-            x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point
-        )
+        return reference.quantize_activation(x, start, stop, channels_first, left, rotation, signs, *rest)
+    if len(rotation) == 1 and len(rotation[0]) > DENSE and signs is None:
+        return _rotated_before(x, start, stop, channels_first, left, rotation, signs, *rest)
 
+    channels, last = x.shape[1 if channels_first else -1], not channels_first or x.movedim(1, -1).is_contiguous()
     outside = (x.shape[0], *x.shape[2:]) if channels_first else tuple(x.shape[:-1])
     ranges = {"tensor": (), "frame": outside[:1], "token": outside}[granularity] if not fixed else ()
     q = x.new_empty((*outside, stop - start), dtype=torch.uint8)
@@ -290,9 +255,7 @@ def quantize_activation(
     with here:
         code = library.qvsr_quantize(byref(call), stream)
     if code == interface().numbers["QVSR_QUANTIZE_CHANNELS"]:
-        return _rotated_before(
-            x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point
-        )
+        return _rotated_before(x, start, stop, channels_first, left, rotation, signs, *rest)
     _started(name, code, library.qvsr_quantize_message)
     del held
     _rows[q] = _Rows(bits, totals)
@@ -339,6 +302,7 @@ def _matrix_of(factor: Tensor, left: bool) -> Tensor | None:
         else:
             padded = factor.new_zeros(n, -(-n // 4) * 4, dtype=torch.float32)
             padded[:, :n] = (factor.T if left else factor).float()
+            _finished(padded)
             kept[left] = padded
     return kept[left]
 
@@ -348,68 +312,74 @@ def _matrix_of(factor: Tensor, left: bool) -> Tensor | None:
 
 @dataclass
 class _Weight:
-    """A packed weight in the order of the tensor cores: tiles and boxes (``csrc/api.h``) by form, a part each."""
+    """What GPUs hold of a packed weight: tiles and boxes (``csrc/api.h``) by device and form, a part each; the weight itself by device."""
 
     version: int
-    forms: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    forms: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    copies: dict[torch.device, Tensor] = field(default_factory=dict)
 
 
 _weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _tiles(
-    library: ctypes.CDLL, name: str, weight: Tensor, bits: int, form: int, parts: Sequence[int], kernel: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """Made at the first use of a weight, and kept as long as it is."""
+def _kept(weight: Tensor) -> _Weight:
     found: _Weight | None = _weights.get(weight)
     if found is None or found.version != weight._version:
         found = _weights[weight] = _Weight(weight._version)
-    if form in found.forms:
-        return found.forms[form]
-    if _captured(weight):
+    return found
+
+
+def _tiles(
+    library: ctypes.CDLL, name: str, weight: Tensor, bits: int, form: int, parts: Sequence[int], kernel: Sequence[int], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """A weight in the order of the tensor cores, made at its first use on a device and kept as long as the weight is."""
+    forms = _kept(weight).forms
+    if (device, form) in forms:
+        return forms[device, form]
+    packed = weight.to(device)
+    if _captured(packed):
         raise CudaError(f"{name}: its weight is not in the order of the tensor cores yet; run the layer once before a graph is captured")
     made, offset, taps = [], 0, math.prod(kernel)
-    here, stream = _where(weight)
+    here, stream = _where(packed)
     values = sum(parts) * taps
     for size in parts:
-        bytes_of, boxes_of = (
-            library.qvsr_tiles_bytes(len(weight), size, _three(kernel), form),
-            library.qvsr_boxes_count(len(weight), _three(kernel)),
-        )
+        bytes_of = library.qvsr_tiles_bytes(len(packed), size, _three(kernel), form)
+        boxes_of = library.qvsr_boxes_count(len(packed), _three(kernel))
         for code in (bytes_of, boxes_of):
             _started(name, min(code, 0), library.qvsr_message)
-        tiles, boxes = weight.new_empty(bytes_of), weight.new_empty(boxes_of, dtype=torch.int32)
+        tiles, boxes = packed.new_empty(bytes_of), packed.new_empty(boxes_of, dtype=torch.int32)
+        row = (packed.data_ptr(), packed.stride(0), values, offset, bits, len(packed), size)
         with here:
-            code = library.qvsr_repack(
-                weight.data_ptr(),
-                weight.stride(0),
-                values,
-                offset,
-                bits,
-                len(weight),
-                size,
-                _three(kernel),
-                form,
-                tiles.data_ptr(),
-                boxes.data_ptr(),
-                stream,
-            )
+            code = library.qvsr_repack(*row, _three(kernel), form, tiles.data_ptr(), boxes.data_ptr(), stream)
         _started(name, code, library.qvsr_message)
         made.append((tiles, boxes))
         offset += size * taps
-    found.forms[form] = made
+    _finished(packed)
+    forms[device, form] = made
     return made
 
 
+def _copied(weight: Tensor, device: torch.device) -> Tensor:
+    """A packed weight as it is, on the device: for operators that unpack it."""
+    if weight.device == device:
+        return weight
+    copies = _kept(weight).copies
+    if device not in copies:
+        copies[device] = weight.to(device)
+    return copies[device]
+
+
 def kept_bytes(weight: Tensor) -> int:
-    """Bytes that are kept for a packed weight beside it."""
+    """Bytes of GPUs that a packed weight takes beside itself."""
     found: _Weight | None = _weights.get(weight)
-    pairs = [pair for made in found.forms.values() for pair in made] if found else []
-    return sum(tensor.numel() * tensor.element_size() for pair in pairs for tensor in pair)
+    if found is None:
+        return 0
+    tensors = [*found.copies.values(), *(one for made in found.forms.values() for pair in made for one in pair)]
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def forget(weight: Tensor) -> None:
-    """Drop what is kept for a packed weight; it is made again when it is needed."""
+    """Drop what GPUs hold of a packed weight; it is made again when it is needed. A recorded graph of its layer must not be replayed any more."""
     _weights.pop(weight, None)
 
 
@@ -419,19 +389,18 @@ def forget(weight: Tensor) -> None:
 _workspaces: dict[tuple[torch.device, int | str | None], Tensor] = {}
 
 
-def _workspace(library: ctypes.CDLL, like: Tensor, chip: Chip, parts: int, stream: int | None) -> Tensor:
+def _workspace(library: ctypes.CDLL, like: Tensor, chip: Chip, stream: int | None) -> Tensor:
     """Zeros of a stream, in which sums of a layer of few rows come together; kernels leave them zero.
 
-    CUDA graphs share one, made by the calls before them: two must not be replayed at the same time.
+    CUDA graphs share one, made by the calls before them: two must not be replayed at the same time. It never grows, since graphs know its place.
     """
-    needed = max(16, library.qvsr_workspace_bytes(chip.multiprocessors, parts))
-    keys: list[tuple[torch.device, int | str | None]] = [(like.device, "graphs"), (like.device, stream)]
+    keys: tuple[tuple[torch.device, int | str | None], ...] = ((like.device, "graphs"), (like.device, stream))
     if _captured(like):
-        found = _workspaces.get(keys[0])
-        return found if found is not None else torch.zeros(needed, dtype=torch.uint8, device=like.device)
+        return _workspaces[keys[0]]
     for key in keys:
-        if key not in _workspaces or _workspaces[key].numel() < needed:
-            _workspaces[key] = torch.zeros(needed, dtype=torch.uint8, device=like.device)
+        if key not in _workspaces:
+            size = library.qvsr_workspace_bytes(chip.multiprocessors, interface().numbers["QVSR_MAX_PARTS"])
+            _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=like.device)
     return _workspaces[keys[1]]
 
 
@@ -446,9 +415,10 @@ def matmul_packed(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
-    return _layer("matmul_packed", q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, None, bias, thin, up)
+    return _layer("matmul_packed", q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, None, bias, thin, up, dtype)
 
 
 def conv_packed(
@@ -466,14 +436,11 @@ def conv_packed(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
-    if not len(kernel) == len(stride) == len(padding) == len(dilation) == q[0].dim() - 2 or not 1 <= len(kernel) <= 3:
-        raise ops.OperatorError(
-            f"conv_packed: kernel {kernel}, stride {stride}, padding {padding} and dilation {dilation} do not fit maps {tuple(q[0].shape)}"
-        )
     how = (kernel, stride, padding, dilation)
-    return _layer("conv_packed", q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, how, bias, thin, up)
+    return _layer("conv_packed", q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, how, bias, thin, up, dtype)
 
 
 def _layer(
@@ -489,38 +456,32 @@ def _layer(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    channels = [part.shape[-1] for part in q]
-    _check_layer(name, q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, math.prod(how[0]) if how else 1, bias, thin, up)
-    inside = q[0].shape[1:-1]
-    shape = (*q[0].shape[:-1],) if how is None else (q[0].shape[0], *output_shape(inside, *how))
-    rank = () if up is None else (up.shape[-1],)
-    for what, tensor, wanted in (
-        ("weight_scale", weight_scale, (len(weight), len(q))),
-        ("weight_zero_point", weight_zero_point, (len(weight), len(q))),
-        ("bias", bias, (len(weight),)),
-        ("thin", thin, (*shape, *rank)),
-        ("up", up, (len(weight), *rank)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != wanted:
-            raise ops.OperatorError(f"{name}: {what} is {tuple(tensor.shape)}, {wanted} is needed")
-    out = weight_scale.new_empty(*shape, len(weight))
+    shape = ops.check_layer(name, q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, how, bias, thin, up, dtype)
+    out = weight_scale.new_empty(shape, dtype=dtype or torch.float32)
     if not out.numel():
         return out
-    library = _library(weight)
-    plain = (q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, *(how or ()), bias, thin, up)
-    if bits == 16 or any(part.dtype != torch.uint8 for part in q):
-        return (reference.conv_packed if how else reference.matmul_packed)(*plain)
-    if library is None:
-        return (_fallback_conv if how else _fallback_matmul)(*plain)
+    channels, inside, device = [part.shape[-1] for part in q], q[0].shape[1:-1], out.device
+    library = _library(out)
 
-    chip = _chip(weight)
+    def computed(module: Any) -> Tensor:
+        here = _copied(weight, device)
+        y: Tensor = getattr(module, name)(q, scale, zero_point, here, bits, weight_scale, weight_zero_point, *(how or ()), bias, thin, up)
+        return y.to(out.dtype)
+
+    if bits == 16 or any(part.dtype != torch.uint8 for part in q):
+        return computed(reference)
+    if library is None:
+        return computed(fallback)
+
+    chip = _chip(out)
     known = [_rows.get(part) for part in q]
     form = library.qvsr_form(chip.architecture, bits, max(8 if rows is None else rows.bits for rows in known))
     _started(name, min(form, 0), library.qvsr_message)
     front = (1,) * (3 - len(how[0])) if how else (1, 1, 1)
-    tiles = _tiles(library, name, weight, bits, form, channels, (*front, *(how[0] if how else ())))
-    here, stream = _where(weight)
+    tiles = _tiles(library, name, weight, bits, form, channels, (*front, *(how[0] if how else ())), device)
+    here, stream = _where(out)
     parts, held = (interface().structures["QvsrPart"] * len(q))(), []
     count = math.prod(q[0].shape[:-1])
     with here:
@@ -534,7 +495,7 @@ def _layer(
             one.tiles, one.boxes = (tensor.data_ptr() for tensor in tiles[index])
             one.w_scale, one.w_zero_point = (tensor.data_ptr() + 4 * index for tensor in (weight_scale, weight_zero_point))
             one.w_stride = weight_scale.shape[1]
-        workspace = _workspace(library, weight, chip, len(q), stream)
+        workspace = _workspace(library, out, chip, stream)
         layer = interface().structures["QvsrLayer"](
             N=len(weight),
             parts=len(q),
@@ -542,6 +503,7 @@ def _layer(
             form=form,
             arch=chip.architecture,
             multiprocessors=chip.multiprocessors,
+            dtype=interface().numbers[RESULTS[out.dtype]],
             rank=0 if up is None else up.shape[1],
             out=out.data_ptr(),
             bias=_pointer(bias),
@@ -553,13 +515,13 @@ def _layer(
         if how is None:
             code = library.qvsr_matmul(parts, byref(layer), count, stream)
         else:
-            sizes = {"in": inside, "out": shape[1:], "kernel": how[0], "stride": how[1], "padding": how[2], "dilation": how[3]}
+            sizes = {"in": inside, "out": shape[1:-1], "kernel": how[0], "stride": how[1], "padding": how[2], "dilation": how[3]}
             window = interface().structures["QvsrWindow"](frames=q[0].shape[0])
             for what, values in sizes.items():
                 setattr(window, what, _three((*(0 if what == "padding" else 1 for _ in front), *values)))
             code = library.qvsr_conv(parts, byref(layer), byref(window), stream)
     if code == interface().numbers["QVSR_SUM"]:
-        return (reference.conv_packed if how else reference.matmul_packed)(*plain)
+        return computed(reference)
     _started(name, code, library.qvsr_message)
     return out
 
@@ -577,129 +539,6 @@ def _prepared(library: ctypes.CDLL, name: str, q: Tensor, known: _Rows | None, f
     code = library.qvsr_prepare(q.data_ptr(), rows, size, form, None if whole else copy.data_ptr(), totals.data_ptr(), stream)
     _started(name, code, library.qvsr_message)
     return copy, pitch, totals
-
-
-def _check_layer(
-    name: str,
-    q: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    zero_point: Sequence[Tensor],
-    weight: Tensor,
-    bits: int,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    taps: int,
-    bias: Tensor | None,
-    thin: Tensor | None,
-    up: Tensor | None,
-) -> None:
-    if not len(q) == len(scale) == len(zero_point) == weight_scale.shape[1] or not q:
-        raise ops.OperatorError(
-            f"{name}: {len(q)} parts have {len(scale)} scales and {len(zero_point)} zero points, the weight has {weight_scale.shape[1]}"
-        )
-    device = q[0].device
-    for part in range(len(q)):
-        _check_device(name, f"q[{part}]", q[part], device)
-        if q[part].dtype not in (torch.uint8, torch.int32):
-            raise ops.OperatorError(f"{name}: q[{part}] is {str(q[part].dtype).removeprefix('torch.')}, uint8 or int32 is needed")
-        _check_layout(name, f"q[{part}]", q[part])
-        if q[part].shape[:-1] != q[0].shape[:-1]:
-            raise ops.OperatorError(f"{name}: q[{part}] {tuple(q[part].shape)} and q[0] {tuple(q[0].shape)} differ in more than channels")
-        for what, values in (("scale", scale[part]), ("zero_point", zero_point[part])):
-            _check(name, device, **{f"{what}[{part}]": values})
-            if values.shape != q[part].shape[:-1][: values.dim()]:
-                raise ops.OperatorError(f"{name}: {what}[{part}] {tuple(values.shape)} does not fit q[{part}] {tuple(q[part].shape)}")
-            if scale[part].dim() not in (0, 1, q[part].dim() - 1):
-                raise ops.OperatorError(f"{name}: {what}[{part}] {tuple(values.shape)} is neither one, one a frame nor one a row")
-    _check_device(name, "weight", weight, device)
-    _check_layout(name, "weight", weight)
-    length = row_bytes(sum(part.shape[-1] for part in q) * taps, bits)
-    if weight.dtype != torch.uint8 or weight.dim() != 2 or weight.shape[1] != length:
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise ops.OperatorError(f"{name}: weight is {kind} {tuple(weight.shape)}, uint8 (N, {length}) is needed")
-    _check(name, device, weight_scale=weight_scale, weight_zero_point=weight_zero_point, bias=bias, thin=thin, up=up)
-    if (thin is None) != (up is None):
-        raise ops.OperatorError(f"{name}: a branch needs both thin and up")
-
-
-# ---------------------------------------------------------------- without the library
-
-
-def _fallback_matmul(
-    q: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    zero_point: Sequence[Tensor],
-    weight: Tensor,
-    bits: int,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    bias: Tensor | None,
-    thin: Tensor | None,
-    up: Tensor | None,
-) -> Tensor:
-    """Integers through ``torch._int_mm``, both sides less 128 where they would not fit; in blocks of rows."""
-    channels = [part.shape[-1] for part in q]
-    outside, count = q[0].shape[:-1], len(weight)
-    rows = [part.reshape(-1, part.shape[-1]) for part in q]
-    y = weight_scale.new_zeros(len(rows[0]), count)
-    step = max(32, BLOCK // count)
-    for index, (u, integers) in enumerate(zip(rows, unpack_weight(weight, bits, channels), strict=True)):
-        w = integers[:, 0]
-        shift = 128 if bits == 8 else 0
-        w8 = (w.to(torch.int16) - shift).to(torch.int8)
-        sums = w8.sum(1, dtype=torch.int32).double()
-        below = shift - weight_zero_point[:, index].double()  # w - weight_zero_point = w8 + below
-        ranges = [spread(values[index], outside).reshape(-1, 1) for values in (scale, zero_point)]
-        for first in range(0, len(u), step):
-            some = slice(first, first + step)
-            u8 = (u[some].to(torch.int16) - 128).to(torch.int8)
-            s, z = (values[some] for values in ranges)
-            left = 128 - z.double()  # q - z = u8 + left
-            total = _product(u8, w8).double() + left * sums + below * (u8.sum(1, dtype=torch.int32).double()[:, None] + u.shape[1] * left)
-            y[some] += (total * s.double() * weight_scale[:, index].double()).float()
-    if thin is not None and up is not None:
-        y += thin.reshape(len(y), -1) @ up.T
-    return (y if bias is None else y + bias).view(*outside, count)
-
-
-def _product(u: Tensor, w: Tensor) -> Tensor:
-    """int8 ``(M, K)`` times int8 ``(N, K)``: in 32 bits, or, for shapes that ``_int_mm`` refuses on a GPU, in float64."""
-    if u.shape[0] > 16 and u.shape[1] % 8 == 0 and w.shape[0] % 8 == 0:
-        return torch._int_mm(u, w.t())
-    return u.double() @ w.double().t()
-
-
-def _fallback_conv(
-    q: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    zero_point: Sequence[Tensor],
-    weight: Tensor,
-    bits: int,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    bias: Tensor | None,
-    thin: Tensor | None,
-    up: Tensor | None,
-) -> Tensor:
-    """Integers as float32 without their zero points through PyTorch's convolutions, without the 10-bit fractions that these use by default."""
-    channels = [part.shape[-1] for part in q]
-    convolve = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[len(kernel)]
-    y = torch.zeros((), device=weight.device)
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        for index, integers in enumerate(unpack_weight(weight, bits, channels, kernel)):
-            w = integers.float() - weight_zero_point[:, index, None, None]
-            w = w.transpose(1, 2).reshape(len(weight), channels[index], *kernel)
-            s, z = (spread(values[index], q[index].shape[:-1]).unsqueeze(-1) for values in (scale, zero_point))
-            u = ((q[index].float() - z) * s).movedim(-1, 1)
-            total = convolve(u, w, None, tuple(stride), tuple(padding), tuple(dilation)).movedim(1, -1)
-            y = y + total * weight_scale[:, index]
-    if thin is not None and up is not None:
-        y = y + thin.view(*y.shape[:-1], -1) @ up.T
-    return (y if bias is None else y + bias).contiguous()
 
 
 for _function in (quantize_activation, matmul_packed, conv_packed):

@@ -21,19 +21,21 @@ depends on the number of threads but the branch, a product of a library, whose o
         scale, zero_point
                     () of a fixed range; None: the range is that of x.
         returns     q, integers, contiguous, channels last; scale and zero_point, float32: (), (B,) or one a token.
-    matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up)
+    matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up, dtype)
         q, scale, zero_point
                     what quantize_activation returned, a part each.
-        weight      of qvsr.kernels.packing.pack_weight; weight_scale, weight_zero_point: float32 (N, P).
+        weight      of qvsr.kernels.packing.pack_weight, also for a GPU on the CPU; weight_scale, weight_zero_point: float32 (N, P).
         bias        (N,); thin: (..., R), the input after the first layer of the branch; up: (N, R).
-        returns     float32 (..., N)
-    conv_packed(q, scale, zero_point, weight, ..., kernel, stride, padding, dilation, bias, thin, up)
+        dtype       of the result, which is rounded to it from float32; None: float32.
+        returns     (..., N)
+    conv_packed(q, scale, zero_point, weight, ..., kernel, stride, padding, dilation, bias, thin, up, dtype)
         the same for maps, channels last: q (B, ..., K), result (B, ..., N), thin (B, ..., R) of the result's size.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,16 +43,19 @@ import torch
 from torch import Tensor
 
 from qvsr.kernels import cpu, native, reference
+from qvsr.kernels.packing import row_bytes
 from qvsr.kernels.rotate import rotate
 
 GRANULARITIES = ("tensor", "frame", "token")
+RESULTS = (torch.float32, torch.float16, torch.bfloat16)
 SCHEMAS = {
     "quantize_activation": "(Tensor x, int start, int stop, bool channels_first, bool left, Tensor[] rotation, Tensor? signs, int bits,"
     " str granularity, bool symmetric, float floor, Tensor? clip, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor, Tensor)",
     "matmul_packed": "(Tensor[] q, Tensor[] scale, Tensor[] zero_point, Tensor weight, int weight_bits, Tensor weight_scale,"
-    " Tensor weight_zero_point, Tensor? bias, Tensor? thin, Tensor? up) -> Tensor",
+    " Tensor weight_zero_point, Tensor? bias, Tensor? thin, Tensor? up, ScalarType? dtype=None) -> Tensor",
     "conv_packed": "(Tensor[] q, Tensor[] scale, Tensor[] zero_point, Tensor weight, int weight_bits, Tensor weight_scale,"
-    " Tensor weight_zero_point, int[] kernel, int[] stride, int[] padding, int[] dilation, Tensor? bias, Tensor? thin, Tensor? up) -> Tensor",
+    " Tensor weight_zero_point, int[] kernel, int[] stride, int[] padding, int[] dilation, Tensor? bias, Tensor? thin, Tensor? up,"
+    " ScalarType? dtype=None) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"qvsr::{_name}", _schema)
@@ -68,22 +73,10 @@ class OperatorError(ValueError):
 
 @torch.library.impl("qvsr::quantize_activation", "CPU")
 def _quantize_activation(x: Tensor, start: int, stop: int, channels_first: bool, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    granularity, bits = rest[4], rest[3]
-    _check("quantize_activation", "x", x, (torch.float32,))
-    channels = x.shape[1 if channels_first else -1] if x.dim() > 1 else 0
-    if not 0 <= start < stop <= channels:
-        raise OperatorError(f"quantize_activation: channels {start} to {stop} are not among the {channels} of x {tuple(x.shape)}")
-    if granularity not in GRANULARITIES:
-        raise OperatorError(f"quantize_activation: granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
-    if not (2 <= bits <= 8 or bits == 16):
-        raise OperatorError(f"quantize_activation: {bits} bits are not possible; 2 to 8 are, and 16")
-    if not x.numel() and rest[8] is None:
-        raise OperatorError(
-            f"quantize_activation: x {tuple(x.shape)} is empty and so has no range; a layer returns its empty output itself"
-        )
-    if bits > 8 or not x.numel() or native.library() is None:
-        return reference.quantize_activation(x, start, stop, channels_first, *rest)
     left, rotation, signs, *others = rest
+    check_activation(x, start, stop, channels_first, others[0], others[1], others[5] is not None, last=False)
+    if others[0] > 8 or not x.numel() or native.library() is None:
+        return reference.quantize_activation(x, start, stop, channels_first, *rest)
     if not native.quantizes(rotation, signs):
         x = rotate(x.narrow(1 if channels_first else -1, start, stop - start), rotation, signs, left, channels_first)
         start, stop, rotation = 0, stop - start, []
@@ -91,20 +84,48 @@ def _quantize_activation(x: Tensor, start: int, stop: int, channels_first: bool,
 
 
 @torch.library.impl("qvsr::matmul_packed", "CPU")
-def _matmul_packed(q: list[Tensor], scale: list[Tensor], zero_point: list[Tensor], weight: Tensor, bits: int, *rest: Any) -> Tensor:
-    _check_layer("matmul_packed", q, scale, zero_point, weight, bits, *rest)
-    return _backend("matmul_packed", q, bits)(q, scale, zero_point, weight, bits, *rest)
+def _matmul_packed(
+    q: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    weight: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    check_layer("matmul_packed", q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, None, bias, thin, up, dtype)
+    compute = _backend("matmul_packed", q, bits)
+    y: Tensor = compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, bias, thin, up)
+    return y if dtype is None else y.to(dtype)
 
 
 @torch.library.impl("qvsr::conv_packed", "CPU")
-def _conv_packed(q: list[Tensor], scale: list[Tensor], zero_point: list[Tensor], weight: Tensor, bits: int, *rest: Any) -> Tensor:
-    s, z, kernel, stride, padding, dilation, bias, thin, up = rest
-    if not len(kernel) == len(stride) == len(padding) == len(dilation) == q[0].dim() - 2:
-        raise OperatorError(
-            f"conv_packed: kernel {kernel}, stride {stride}, padding {padding} and dilation {dilation} do not fit maps {tuple(q[0].shape)}"
-        )
-    _check_layer("conv_packed", q, scale, zero_point, weight, bits, s, z, bias, thin, up)
-    return _backend("conv_packed", q, bits)(q, scale, zero_point, weight, bits, *rest)
+def _conv_packed(
+    q: list[Tensor],
+    scale: list[Tensor],
+    zero_point: list[Tensor],
+    weight: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    bias: Tensor | None,
+    thin: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    how = (kernel, stride, padding, dilation)
+    check_layer("conv_packed", q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, how, bias, thin, up, dtype)
+    compute = _backend("conv_packed", q, bits)
+    y: Tensor = compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, *how, bias, thin, up)
+    return y if dtype is None else y.to(dtype)
 
 
 def _backend(name: str, q: Sequence[Tensor], bits: int) -> Any:
@@ -120,15 +141,53 @@ def _backend(name: str, q: Sequence[Tensor], bits: int) -> Any:
     return getattr(reference, name)
 
 
-def _check(name: str, what: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise OperatorError(f"{name}: {what} is {str(tensor.dtype).removeprefix('torch.')}, {wanted} is needed")
-    if not tensor.is_contiguous():
-        raise OperatorError(f"{name}: {what} {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous; call contiguous()")
+# ---------------------------------------------------------------- checks, of every device
 
 
-def _check_layer(
+def check(name: str, device: torch.device, dtypes: Sequence[torch.dtype] = (torch.float32,), /, **tensors: Tensor | None) -> None:
+    """Each tensor is on the device, of one of the types, and contiguous.
+
+    Raises:
+        OperatorError: one is not.
+    """
+    for what, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_device(name, what, tensor, device)
+        if tensor.dtype not in dtypes:
+            raise OperatorError(f"{name}: {what} is {_short(tensor.dtype)}, {' or '.join(map(_short, dtypes))} is needed")
+        if not tensor.is_contiguous():
+            raise OperatorError(f"{name}: {what} {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous; call contiguous()")
+
+
+def check_device(name: str, what: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise OperatorError(f"{name}: {what} is on {tensor.device}, other arguments are on {device}; move it there")
+
+
+def check_activation(x: Tensor, start: int, stop: int, channels_first: bool, bits: int, granularity: str, fixed: bool, last: bool) -> None:
+    """Refuse what ``quantize_activation`` cannot work with.
+
+    Args:
+        fixed: whether the range is given.
+        last: whether maps may have their channels last in memory.
+    Raises:
+        OperatorError: it names what.
+    """
+    name = "quantize_activation"
+    check(name, x.device, x=x.movedim(1, -1) if last and x.movedim(1, -1).is_contiguous() else x)
+    channels = x.shape[1 if channels_first else -1] if x.dim() > 1 else 0
+    if not 0 <= start < stop <= channels:
+        raise OperatorError(f"{name}: channels {start} to {stop} are not among the {channels} of x {tuple(x.shape)}")
+    if granularity not in GRANULARITIES:
+        raise OperatorError(f"{name}: granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
+    if not (2 <= bits <= 8 or bits == 16):
+        raise OperatorError(f"{name}: {bits} bits are not possible; 2 to 8 are, and 16")
+    if not x.numel() and not fixed:
+        raise OperatorError(f"{name}: x {tuple(x.shape)} is empty and so has no range; a layer returns its empty output itself")
+
+
+def check_layer(
     name: str,
     q: Sequence[Tensor],
     scale: Sequence[Tensor],
@@ -137,32 +196,63 @@ def _check_layer(
     bits: int,
     weight_scale: Tensor,
     weight_zero_point: Tensor,
+    how: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]] | None,
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
-) -> None:
+    dtype: torch.dtype | None,
+) -> tuple[int, ...]:
+    """The shape of a layer's result.
+
+    Args:
+        how: kernel, stride, padding and dilation of a convolution.
+    Raises:
+        OperatorError: what the operator cannot work with, by name.
+    """
+    if how is not None and (not 1 <= len(how[0]) <= 3 or any(len(one) != q[0].dim() - 2 for one in how)):
+        kernel, stride, padding, dilation = how
+        raise OperatorError(
+            f"{name}: kernel {kernel}, stride {stride}, padding {padding} and dilation {dilation} do not fit maps {tuple(q[0].shape)}"
+        )
     if not len(q) == len(scale) == len(zero_point) == weight_scale.shape[1] or not q:
         raise OperatorError(
             f"{name}: {len(q)} parts have {len(scale)} scales and {len(zero_point)} zero points, the weight has {weight_scale.shape[1]}"
         )
+    device = q[0].device
     for part in range(len(q)):
-        _check(name, f"q[{part}]", q[part], (torch.uint8, torch.int32))
+        check(name, device, (torch.uint8, torch.int32), **{f"q[{part}]": q[part]})
+        if q[part].shape[:-1] != q[0].shape[:-1]:
+            raise OperatorError(f"{name}: q[{part}] {tuple(q[part].shape)} and q[0] {tuple(q[0].shape)} differ in more than channels")
         for what, values in (("scale", scale[part]), ("zero_point", zero_point[part])):
-            _check(name, f"{what}[{part}]", values, (torch.float32,))
+            check(name, device, **{f"{what}[{part}]": values})
             if values.shape != q[part].shape[:-1][: values.dim()]:
                 raise OperatorError(f"{name}: {what}[{part}] {tuple(values.shape)} does not fit q[{part}] {tuple(q[part].shape)}")
-    _check(name, "weight", weight, (torch.uint8,))
-    for what, optional in (
-        ("weight_scale", weight_scale),
-        ("weight_zero_point", weight_zero_point),
-        ("bias", bias),
-        ("thin", thin),
-        ("up", up),
-    ):
-        if optional is not None:
-            _check(name, what, optional, (torch.float32,))
+            if values.dim() not in (0, 1, q[part].dim() - 1):
+                raise OperatorError(f"{name}: {what}[{part}] {tuple(values.shape)} is neither one, one a frame nor one a row")
+    check(name, weight.device if weight.device.type == "cpu" else device, (torch.uint8,), weight=weight)
+    check(name, device, weight_scale=weight_scale, weight_zero_point=weight_zero_point, bias=bias, thin=thin, up=up)
     if (thin is None) != (up is None):
         raise OperatorError(f"{name}: a branch needs both thin and up")
+    if dtype not in (None, *RESULTS):
+        raise OperatorError(f"{name}: a result of {_short(dtype)} is not possible; {', '.join(map(_short, RESULTS))} are")
+    shape = tuple(q[0].shape[:-1]) if how is None else (q[0].shape[0], *reference.output_shape(q[0].shape[1:-1], *how))
+    count, rank = len(weight), () if up is None else (up.shape[-1],)
+    taps = 1 if how is None else math.prod(how[0])
+    for what, tensor, wanted in (
+        ("weight", weight, (count, row_bytes(sum(part.shape[-1] for part in q) * taps, bits))),
+        ("weight_scale", weight_scale, (count, len(q))),
+        ("weight_zero_point", weight_zero_point, (count, len(q))),
+        ("bias", bias, (count,)),
+        ("thin", thin, (*shape, *rank)),
+        ("up", up, (count, *rank)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != wanted:
+            raise OperatorError(f"{name}: {what} is {tuple(tensor.shape)}, {wanted} is needed")
+    return (*shape, count)
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------- shapes, for tracing
@@ -178,12 +268,14 @@ def _fake_quantize_activation(x: Tensor, start: int, stop: int, channels_first: 
 
 
 @torch.library.register_fake("qvsr::matmul_packed")
-def _fake_matmul_packed(q: list[Tensor], scale: list[Tensor], zero_point: list[Tensor], weight: Tensor, *rest: Any) -> Tensor:
-    return weight.new_empty((*q[0].shape[:-1], weight.shape[0]), dtype=torch.float32)
+def _fake_matmul_packed(q: list[Tensor], scale: list[Tensor], zero_point: list[Tensor], weight: Tensor, bits: int, *rest: Any) -> Tensor:
+    dtype = rest[5] if len(rest) > 5 else None
+    return q[0].new_empty((*q[0].shape[:-1], weight.shape[0]), dtype=dtype or torch.float32)
 
 
 @torch.library.register_fake("qvsr::conv_packed")
 def _fake_conv_packed(q: list[Tensor], scale: list[Tensor], zero_point: list[Tensor], weight: Tensor, bits: int, *rest: Any) -> Tensor:
     kernel, stride, padding, dilation = rest[2:6]
+    dtype = rest[9] if len(rest) > 9 else None
     shape = reference.output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation)
-    return weight.new_empty((q[0].shape[0], *shape, weight.shape[0]), dtype=torch.float32)
+    return q[0].new_empty((q[0].shape[0], *shape, weight.shape[0]), dtype=dtype or torch.float32)

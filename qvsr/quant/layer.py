@@ -19,7 +19,7 @@ the rest, so both give the same bytes; its convolutions return channels last. Op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvsr.kernels import cuda, ops, reference, simulated  # noqa: F401  (cuda brings the operators to a GPU)
+from qvsr.kernels import cpu, cuda, ops, reference, simulated
 from qvsr.kernels.packing import pack_weight, unpack_weight
 from qvsr.kernels.reference import output_shape
 from qvsr.kernels.rotate import rotate
@@ -345,7 +345,7 @@ class QuantLayer(nn.Module):
         """
         self.check_execution(execution)
         if execution == "packed" and self.weight_q is not None:
-            self.weight_packed, self.weight_q = pack_weight(self.weight_q, self.weight_bits, self.parts), None
+            self.weight_packed, self.weight_q = pack_weight(self.weight_q, self.weight_bits, self.parts).cpu(), None
             self.weight_scale, self.weight_zero_point = self.weight_scale.contiguous(), self.weight_zero_point.contiguous()
             for parameter in (self.up, self.down):
                 if parameter is not None:  # the strides that a file gives, even of an axis of size 1: they choose the product's routine
@@ -354,6 +354,19 @@ class QuantLayer(nn.Module):
             self.weight_q, self.weight_packed = self.integers(), None
         self._cache = self._grid = self._rotated_weight = self._whole = None
         self.execution = execution
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """Move the layer, all but its packed weight: that stays on the CPU, since a GPU holds it in its kernels' own order and would have it twice."""
+        if self.weight_packed is None:
+            return super()._apply(fn, recurse)
+        packed, before = self.weight_packed, self.weight_scale.device
+        self.weight_packed = None
+        super()._apply(fn, recurse)
+        self.weight_packed = packed
+        if self.weight_scale.device != before:
+            for device in (cpu, cuda):
+                device.forget(packed)
+        return self
 
     def check_execution(self, execution: str) -> None:
         """Raise what :meth:`set_execution` would."""
@@ -453,7 +466,7 @@ class QuantLayer(nn.Module):
         rest = (*how, self._bias_now(), thin, self.up)
         if self.execution == "packed":
             operator = torch.ops.qvsr.matmul_packed if self.is_linear else torch.ops.qvsr.conv_packed
-            y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest)
+            y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest, dtype)
         else:
             compute: Any = simulated.matmul if self.is_linear else simulated.conv
             y = compute(*columns, self._whole_weights(), self.weight_scale, *rest)
@@ -560,7 +573,8 @@ class QuantLayer(nn.Module):
             return self.weight_q
         if self.weight_packed is not None:
             rows = unpack_weight(self.weight_packed, self.weight_bits, self.parts, self.geometry.kernel)
-            return torch.cat([part.transpose(1, 2) for part in rows], 1).reshape(self.geometry.weight_shape)
+            whole = torch.cat([part.transpose(1, 2) for part in rows], 1).reshape(self.geometry.weight_shape)
+            return whole.to(self.weight_scale.device)
         with torch.no_grad():
             return affine.quantize(self._residual(), *self._weight_grid(), self.weight_bits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvsr.kernels import build, cuda, ops, reference
+from qvsr.kernels import build, cuda, fallback, ops, reference
 from qvsr.kernels.packing import pack_weight
 from qvsr.quant.layer import LayerPlan, QuantLayer, halves
 from qvsr.quant.rotation import hadamard, random_signs, small_factors
@@ -91,9 +92,10 @@ class Case:
             start += size
         return [list(one) for one in zip(*found, strict=True)]
 
-    def run(self, module: Any, q: list[list[Tensor]]) -> Tensor:
+    def run(self, module: Any, q: list[list[Tensor]], *dtype: torch.dtype) -> Tensor:
         function = module.conv_packed if self.maps else module.matmul_packed
-        return function(*q, self.weight, self.weight_bits, self.weight_scale, self.weight_zero, *self.how, self.bias, self.thin, self.up)
+        ranges = (self.weight_bits, self.weight_scale, self.weight_zero)
+        return function(*q, self.weight, *ranges, *self.how, self.bias, self.thin, self.up, *dtype)
 
     def check(self, quantize: Any, module: Any) -> list[list[Tensor]]:
         q = self.quantized(quantize)
@@ -145,7 +147,10 @@ def test_layers_agree_with_the_reference(
     case = Case(generator, **CASES[name])
     q = case.check(cuda.quantize_activation, cuda)
     again = [part.clone() for part in q[0]]  # of which nothing is kept: sums are made, and 8 bits assumed
-    assert torch.equal(case.run(cuda, [again, *q[1:]]), case.run(cuda, q))
+    whole = case.run(cuda, q)
+    assert torch.equal(case.run(cuda, [again, *q[1:]]), whole)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(case.run(cuda, q, dtype), whole.to(dtype)), dtype
     case.thin = case.up = None
     case.check(cuda.quantize_activation, cuda)
     case.bias = None
@@ -226,6 +231,45 @@ def test_weights_in_the_order_of_the_tensor_cores_are_kept(
     assert cuda.kept_bytes(case.weight) == 0
 
 
+def test_a_layer_s_weight_is_on_a_gpu_once(on_cpu: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed weight stays on the CPU and what the GPU has of it goes when the layer is moved; "meta" is the device that any machine has."""
+    layer = QuantLayer.from_float(torch.nn.Linear(24, 10).requires_grad_(False), LayerPlan(4, 4, halves(24), rotate=True), "one")
+    layer.freeze()
+    layer.set_execution("packed")
+    x, weight, integers = torch.randn(5, 24), layer.weight_packed, layer.integers()
+    with torch.no_grad():
+        expected = layer(x)
+        for operator in ("quantize_activation", "matmul_packed"):
+            monkeypatch.setattr(torch.ops.qvsr, operator, getattr(cuda, operator))
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), expected)
+            tiles = cuda.kept_bytes(weight)
+            assert tiles >= weight.numel()
+            layer.to("cpu", torch.float32)  # where it is already: a recorded graph may read the tiles
+            assert layer.weight_packed is weight and cuda.kept_bytes(weight) == tiles
+            copied = copy.deepcopy(layer)
+            torch.testing.assert_close(copied(x), layer(x))
+            assert copied.weight_packed is not weight and cuda.kept_bytes(copied.weight_packed) == tiles
+            layer.to("meta")
+            assert layer.weight_packed is weight and cuda.kept_bytes(weight) == 0 and layer.integers().device.type == "meta"
+            layer = layer.to_empty(device="cpu")
+            layer.load_state_dict(copied.state_dict())
+            for name, factors in copied.named_buffers():
+                if name not in layer.state_dict():
+                    layer.register_buffer(name, factors, persistent=False)
+            weight = layer.weight_packed
+    assert torch.equal(layer.integers(), integers)
+
+
+def test_a_packed_weight_is_copied_once_where_it_must_be_unpacked(generator: torch.Generator) -> None:
+    weight = torch.zeros(3, 4, dtype=torch.uint8)
+    assert cuda._copied(weight, weight.device) is weight and cuda.kept_bytes(weight) == 0
+    there = cuda._copied(weight, torch.device("meta"))
+    assert there.device.type == "meta" and cuda._copied(weight, torch.device("meta")) is there and cuda.kept_bytes(weight) == 12
+    weight.add_(1)
+    assert cuda._copied(weight, torch.device("meta")) is not there
+
+
 def test_sums_beyond_32_bits_are_the_reference_s(generator: torch.Generator, on_cpu: ctypes.CDLL) -> None:
     rows, channels = 2, 67_000  # times 255 times 255 exceeds 2^32
     q, weight = torch.full((rows, channels), 255, dtype=torch.uint8), torch.full((3, channels), 255, dtype=torch.uint8)
@@ -240,8 +284,10 @@ def test_sums_beyond_32_bits_are_the_reference_s(generator: torch.Generator, on_
 @pytest.mark.parametrize("name", CASES)
 def test_fallbacks_agree_with_the_reference(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(cuda, "_library", lambda x: None)
-    monkeypatch.setattr(cuda, "BLOCK", 500)  # several blocks of rows
-    Case(generator, **CASES[name]).check(cuda.quantize_activation, cuda)
+    monkeypatch.setattr(fallback, "BLOCK", 500)  # several blocks of rows
+    case = Case(generator, **CASES[name])
+    q = case.check(cuda.quantize_activation, cuda)
+    assert torch.equal(case.run(cuda, q, torch.bfloat16), case.run(cuda, q).bfloat16())
 
 
 def test_the_fallback_is_said_once_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -304,8 +350,8 @@ def test_inputs_that_are_refused(call: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(6, 5, dtype=torch.uint8)}, r"weight is uint8 \(6, 5\), uint8 \(N, 4\) is needed"),
-        ({"weight": torch.zeros(6, 4, dtype=torch.int8)}, r"weight is int8 \(6, 4\), uint8 \(N, 4\) is needed"),
+        ({"weight": torch.zeros(6, 5, dtype=torch.uint8)}, r"weight is \(6, 5\), \(6, 4\) is needed"),
+        ({"weight": torch.zeros(6, 4, dtype=torch.int8)}, r"weight is int8, uint8 is needed"),
         ({"weight": torch.zeros(6, 4, dtype=torch.uint8, device="meta")}, r"weight is on meta, other arguments are on cpu; move it there"),
         (
             {"weight": torch.zeros(4, 6, dtype=torch.uint8).T},

@@ -87,8 +87,8 @@ class Case:
             self.up,
         )
 
-    def run(self) -> Tensor:
-        return (torch.ops.qvsr.conv_packed if self.how else torch.ops.qvsr.matmul_packed)(*self.arguments())
+    def run(self, *dtype: torch.dtype) -> Tensor:
+        return (torch.ops.qvsr.conv_packed if self.how else torch.ops.qvsr.matmul_packed)(*self.arguments(), *dtype)
 
     def expected(self) -> np.ndarray:
         """Sums in int64, position by position of the kernel; then float64."""
@@ -166,6 +166,14 @@ def test_sums_are_those_of_64_bit_integers(name: str, way: str) -> None:
 def test_no_frames_and_no_tokens_give_nothing() -> None:
     for case in (Case((4, 4), size=(0, 5)), Case((4,), size=(0, 5, 6), kernel=(3, 3), padding=(1, 1))):
         assert case.run().shape == case.expected().shape and case.run().numel() == 0
+
+
+@pytest.mark.parametrize("name", ["linear, three parts", "conv2d, 8 bits"])
+def test_results_of_16_bits_are_those_of_32_rounded_once(name: str, way: str) -> None:
+    case = Case(**CASES[name])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = case.run(dtype)
+        assert found.dtype == dtype and found.is_contiguous() and torch.equal(found, case.run().to(dtype))
 
 
 @pytest.mark.parametrize("name", ["linear, three parts", "conv2d, 8 bits", "conv2d by frame", "many rows"])
@@ -279,6 +287,8 @@ def opcheck_cases() -> list[tuple[str, tuple]]:
         ("matmul_packed", Case((8, 9, 7), bits=6).arguments()),
         ("matmul_packed", Case((4,), ranges="token", rank=0).arguments()),
         *(("conv_packed", Case(**CASES[name]).arguments()) for name in ("conv1d", "conv2d, 8 bits", "conv2d, strided", "conv3d")),
+        ("matmul_packed", (*Case((8, 9, 7), bits=6).arguments(), torch.bfloat16)),
+        ("conv_packed", (*Case(**CASES["conv1d"]).arguments(), torch.float16)),
     ]
 
 
@@ -309,6 +319,10 @@ def changed(**given) -> Case:
         (lambda: changed(weight_scale=torch.rand(2, 6).T).run(), r"matmul_packed: weight_scale \(6, 2\) with strides"),
         (lambda: changed(bias=torch.zeros(6).double()).run(), "matmul_packed: bias is float64, float32 is needed"),
         (lambda: changed(up=None).run(), "a branch needs both thin and up"),
+        (lambda: changed(up=torch.zeros(6, 3)).run(), r"matmul_packed: thin is \(3, 5, 2\), \(3, 5, 3\) is needed"),
+        (lambda: changed(bias=torch.zeros(5)).run(), r"matmul_packed: bias is \(5,\), \(6,\) is needed"),
+        (lambda: changed(packed=torch.zeros(6, 5, dtype=torch.uint8)).run(), r"matmul_packed: weight is \(6, 5\), \(6, 4\) is needed"),
+        (lambda: changed().run(torch.int32), "matmul_packed: a result of int32 is not possible; float32, float16, bfloat16 are"),
         (lambda: changed(scale=[torch.ones(2)] * 2).run(), r"scale\[0\] \(2,\) does not fit q\[0\] \(3, 5, 4\)"),
         (lambda: changed(zero=[torch.ones(())]).run(), "2 parts have 2 scales and 1 zero points, the weight has 2"),
         (lambda: changed(how=([3], [1, 1], [1], [1])).run(), r"conv_packed: kernel \[3\], stride \[1, 1\].* do not fit maps \(3, 5, 4\)"),

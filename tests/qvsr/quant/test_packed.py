@@ -208,6 +208,39 @@ def test_every_layer_of_the_small_u_net_on_its_own_input() -> None:
         assert torch.equal(layer(seen[name]), expected), name
 
 
+@each_module
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inputs_of_16_bits_give_the_same_bytes_packed_and_simulated(name: str, dtype: torch.dtype, positions: str) -> None:
+    """Both compute in float32 and round the result once."""
+    module, x = module_and_input(name)
+    channels = x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1]
+    x = x.to(dtype)
+    for bits, rank in itertools.product((4, 8), (0, 1)):
+        plan = LayerPlan(bits, bits, (channels // 2, channels - channels // 2) if channels > 1 else (), rotate=True, rank=rank)
+        layer = QuantLayer.from_float(module, plan, name)
+        layer.freeze()
+        expected, whole = layer(x), layer(x.float())
+        assert expected.dtype == dtype and torch.equal(expected, whole.to(dtype))
+        layer.set_execution("packed")
+        assert layer(x).dtype == dtype and torch.equal(layer(x), expected)
+
+
+def test_a_packed_layer_s_result_is_made_in_the_input_s_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the operator: nothing behind it reads float32 again."""
+    found = []
+    for name in ("matmul_packed", "conv_packed"):
+        real = getattr(torch.ops.qvsr, name)
+        monkeypatch.setattr(torch.ops.qvsr, name, lambda *arguments, real=real: found.append(real(*arguments)) or found[-1])
+    for name in ("linear", "conv2d"):
+        module, x = module_and_input(name)
+        layer = QuantLayer.from_float(module, LayerPlan(4, 4), name)
+        layer.freeze()
+        layer.set_execution("packed")
+        y = layer(x.bfloat16())
+        assert found[-1].dtype == torch.bfloat16 and found[-1].data_ptr() == y.data_ptr()
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_small_u_net_gives_the_same_bytes_packed_and_simulated(bits: int) -> None:
     """Not only 60 dB: a float32 sum that is off in its last digit would round to another level in some layer and move everything behind it."""
