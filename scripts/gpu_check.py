@@ -4,14 +4,18 @@ Times are of the device, by its events: each variant of a shape in turn, 5 round
 between their tenths. Inputs and weights stay in the second-level cache where they fit, for all variants alike. Each result is
 compared with the reference before anything is timed.
 
-The products are timed alone, inputs being integers already, beside torch._int_mm (which returns 32-bit sums without scales, zero points or
-bias) and beside bfloat16 (linear layers by cuBLAS, convolutions by cuDNN with channels last, its fastest algorithm). The column "inputs" is the
-quantization that a layer does before: rotation, range, rounding.
+The products are timed alone, inputs being integers already and results bfloat16, beside torch._int_mm (which returns 32-bit sums without scales, zero
+points or bias) and beside bfloat16 (linear layers by cuBLAS, convolutions by cuDNN with channels last, its fastest algorithm). The column "inputs" is
+the quantization that a layer does before: rotation, range, rounding.
+
+A step is one call of the whole U-Net with random weights on five frames of a 64 x 64 latent: in bfloat16 with channels last, and packed with a branch
+of rank 24, what is not quantized being bfloat16 too; packed also as a replayed CUDA graph, whose result must be that of the call. It needs pydantic.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qvsr.kernels import build, cuda, reference
+from qvsr.kernels import build, cuda, graphs, reference
 from qvsr.kernels.packing import pack_weight
 from qvsr.kernels.reference import output_shape
 
@@ -91,6 +95,8 @@ SHAPES = (
     _conv("1 x 1", 64, 640, 320, kernel=1),
     Shape("3 x 1 x 1 temporal", (1, 5, 8, 8), 1280, 1280, ((3, 1, 1), (1, 1, 1), (1, 0, 0))),
 )
+EXCLUDE = ("time_embed.0", "input_blocks.0.0", "out.2")  # layers of the U-Net that are not quantized
+RANK = 24
 SMALL = (Shape("linear", (3, 37), 48, 40), Shape("3 x 3", (2, 6, 7), 24, 20, ((3, 3), (1, 1), (1, 1))))
 
 
@@ -132,10 +138,10 @@ class Layer:
         arguments = (self.x, 0, self.shape.channels, last, last, factors, signs, self.bits, "tensor", False, 1e-4, None, None, None)
         return [[one] for one in module.quantize_activation(*arguments)]
 
-    def product(self, q: list[list[Tensor]], module: Any = torch.ops.qvsr) -> Tensor:
+    def product(self, q: list[list[Tensor]], module: Any = torch.ops.qvsr, *dtype: torch.dtype) -> Tensor:
         function = module.conv_packed if self.how else module.matmul_packed
         how = [list(one) for one in self.how]
-        return function(*q, self.packed, self.weight_bits, self.scale, self.zero, *how, self.bias, None, None)
+        return function(*q, self.packed, self.weight_bits, self.scale, self.zero, *how, self.bias, None, None, *dtype)
 
     def int_mm(self) -> Callable[[], Tensor] | None:
         """The same multiplications by torch._int_mm, whose shapes must be multiples of eight; none for convolutions."""
@@ -176,17 +182,19 @@ def compared(layer: Layer, module: Any = torch.ops.qvsr) -> float:
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error < CLOSE:
         raise ValueError(f"{layer.shape}, W{layer.weight_bits}A{layer.bits}: the result differs by {error:.1e} of the largest output")
+    if not torch.equal(layer.product(q, module, torch.bfloat16), found.bfloat16()):
+        raise ValueError(f"{layer.shape}, W{layer.weight_bits}A{layer.bits}: the bfloat16 result is not the float32 one rounded")
     return error
 
 
-def timed(calls: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float, float]]:
+def timed(calls: dict[str, Callable[[], Any]], count: int = CALLS) -> dict[str, tuple[float, float, float]]:
     """Microseconds of each call by the device's events: tenth, median, ninetieth."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             for _ in range(WARM):
                 call()
-            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(CALLS)]
+            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
             for start, end in events:
                 start.record()
                 call()
@@ -216,7 +224,7 @@ def measure(shape: Shape) -> Row:
         layer, name = Layer(shape, bits), f"W{bits[0]}A{bits[1]}"
         row.error[name] = compared(layer)
         q = layer.quantize()
-        calls[name] = lambda layer=layer, q=q: layer.product(q)
+        calls[name] = lambda layer=layer, q=q: layer.product(q, torch.ops.qvsr, torch.bfloat16)
         if bits == CONFIGURATIONS[0]:
             calls["inputs"] = layer.quantize
             calls["bfloat16"] = layer.bfloat16()
@@ -225,6 +233,81 @@ def measure(shape: Shape) -> Row:
     row.peak_mb = {name: peak(call) for name, call in calls.items()}
     row.microseconds = timed(calls)
     return row
+
+
+# ---------------------------------------------------------------- a step of the U-Net
+
+
+def network(settings: Any, bits: int | None, device: str = "cuda") -> torch.nn.Module:
+    """The U-Net with random weights in bfloat16 and channels last; with `bits`, its quantized layers packed."""
+    from qvsr.models.unet import InflatedUNet
+    from qvsr.quant import apply
+    from qvsr.quant.layer import LayerPlan, QuantLayer, halves
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = InflatedUNet(settings).eval().requires_grad_(False)
+        for parameter in net.parameters():
+            if not parameter.any():  # a trained network has no layers that return zero
+                torch.nn.init.normal_(parameter, std=0.02)
+        for name, module in apply.quantizable(net, EXCLUDE).items() if bits else ():
+            count, inputs, *kernel = module.weight.shape
+            rank = min(RANK, count, inputs * math.prod(kernel))
+            branch = 0.01 * torch.randn(count, rank), 0.01 * torch.randn(rank, inputs, *kernel)
+            layer = QuantLayer.from_float(module, LayerPlan(bits, bits, halves(inputs), True, rank), name, branch=branch)
+            layer.freeze()
+            layer.set_execution("packed")
+            apply.replace(net, name, layer)
+    for module in net.modules():
+        for parameter in () if isinstance(module, QuantLayer) else module.parameters(recurse=False):
+            last = torch.channels_last if parameter.dim() == 4 else torch.preserve_format
+            parameter.data = parameter.data.to(torch.bfloat16, memory_format=last)
+    return net
+
+
+def given(settings: Any, tile: int = 64, device: str = "cuda") -> tuple[Any, ...]:
+    """Random inputs of a step."""
+    from qvsr.quant.cost import example_inputs
+
+    x, t, context, struct = example_inputs(settings, tile, 77, device)
+    draw = lambda like: torch.randn_like(like, dtype=torch.bfloat16)  # noqa: E731
+    maps = {width: draw(one).contiguous(memory_format=torch.channels_last) for width, one in struct.items()}
+    return draw(x).contiguous(memory_format=torch.channels_last), t + 500, draw(context), maps
+
+
+@torch.no_grad()
+def measured_steps(settings: Any, tile: int = 64, device: str = "cuda") -> dict[str, dict[str, Any]]:
+    """Times and memory of a step by variant.
+
+    Raises:
+        ValueError: a replay gives something else than the call, or calls are not recorded.
+    """
+    from qvsr.quant import apply
+
+    found: dict[str, dict[str, Any]] = {}
+    inputs = given(settings, tile, device)
+    for name, bits in {"bfloat16": None, "W8A8": 8, "W4A4": 4}.items():
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        net = network(settings, bits, device)
+        result = net(*inputs)
+        resident = torch.cuda.memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        repeats = torch.equal(net(*inputs), result)  # not where a library adds up in any order
+        packed = sum(cuda.kept_bytes(layer.weight_packed) for layer in apply.quant_layers(net).values())
+        memory = {"resident_mb": resident / 1e6, "peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6, "packed_mb": packed / 1e6}
+        calls: dict[str, Callable[[], Any]] = {name: lambda net=net: net(*inputs)}
+        if bits:
+            call = graphs.recorded(net)
+            calls[f"{name}, graph"] = lambda call=call: call(*inputs, timestep=500)
+            for _ in range(3):
+                if not torch.equal(calls[f"{name}, graph"](), result) and repeats:
+                    raise ValueError(f"a step, {name}: a replay gives something else than the call")
+            if reason := graphs._recorded[net][1].failed:
+                raise ValueError(f"a step, {name}: it is not recorded: {reason}")
+        found |= {variant: memory | {"microseconds": times} for variant, times in timed(calls, 4).items()}
+        net = call = calls = result = None
+    return found
 
 
 # ---------------------------------------------------------------- the report
@@ -260,8 +343,19 @@ def table(found: dict[str, Any]) -> str:
         size = " x ".join(map(str, row["size"]))
         peaks = " | ".join(f"{row['peak_mb'][name]:.1f}" for name in ("W8A8", "W4A4", "bfloat16"))
         lines.append(f"| {row['name']} | {size} | {row['channels']} to {row['outputs']} | {peaks} | {max(row['error'].values()):.1e} |")
+    if found["step"]:
+        lines += [
+            "",
+            "| a step of the U-Net | ms | bfloat16 / it | MB at rest | of them packed weights | MB at most |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+    for name, one in found["step"].items():
+        low, median, high = (value / 1000 for value in one["microseconds"])
+        ratio = found["step"]["bfloat16"]["microseconds"][1] / 1000 / median
+        memory = " | ".join(f"{one[what]:.0f}" for what in ("resident_mb", "packed_mb", "peak_mb"))
+        lines.append(f"| {name} | {median:.1f} ({low:.1f} to {high:.1f}) | {ratio:.2f} | {memory} |")
     if found["left_out"]:
-        lines += ["", f"Left out for lack of time: {', '.join(found['left_out'])}."]
+        lines += ["", f"Left out: {', '.join(found['left_out'])}."]
     return "\n".join(lines) + "\n"
 
 
@@ -355,6 +449,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checks[what], good = f"FAILED: {error}", False
         print(f"{what}: {rows[-1]['microseconds'] if rows else ''}", flush=True)
         torch.cuda.empty_cache()
+    step: dict[str, Any] = {}
+    if importlib.util.find_spec("pydantic") is None or left() < 100:
+        left_out.append("a step of the U-Net")
+    else:
+        from qvsr.config import UNetSettings
+
+        try:
+            step = measured_steps(UNetSettings())
+        except (ValueError, RuntimeError) as error:
+            checks["a step of the U-Net"], good = f"FAILED: {error}", False
     found = {
         "device": torch.cuda.get_device_name(0),
         "capability": cuda._chip_of(0).architecture,
@@ -366,6 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": round(time.monotonic() - started, 1),
         "checks": checks,
         "rows": rows,
+        "step": step,
         "left_out": left_out,
     }
     chosen.folder.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from qvsr.config import UNetSettings
 from qvsr.kernels import build, cuda
 from qvsr.provenance import ROOT
+from qvsr.quant import apply
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,10 @@ def test_the_table(check: ModuleType) -> None:
     linear = row | {"name": "linear", "microseconds": times | {"int_mm": (8.0, 9.0, 10.0)}}
     found = {"device": "GPU X", "date": "2000-01-01", "driver": "1.2", "torch": "2", "nvcc": "V13", "system": "Linux"}
     found |= {"checks": {"tests": "passed: 9 passed"}, "rows": [row, linear], "left_out": ["the last"]}
+    found["step"] = {
+        "bfloat16": {"microseconds": (39e3, 40e3, 41e3), "resident_mb": 1900.0, "packed_mb": 0, "peak_mb": 2900.0},
+        "W4A4, graph": {"microseconds": (24e3, 25e3, 26e3), "resident_mb": 700.0, "packed_mb": 500.0, "peak_mb": 1200.4},
+    }
     text = check.table(found)
     assert (
         "| 3 x 3 | 5 x 8 x 8 | 16 to 24 | 10.0 (9.0 to 11.0) | 8.0 (7.0 to 9.0) | 2.0 (1.0 to 3.0) |  | 20.0 (19.0 to 21.0) |  | 2.00 | 2.50 |"
@@ -120,7 +126,27 @@ def test_the_table(check: ModuleType) -> None:
     )
     assert "| 9.0 (8.0 to 10.0) | 20.0 (19.0 to 21.0) | 0.90 | 2.00 | 2.50 |" in text and "| 1.5 | 1.2 | 2.0 | 2.0e-07 |" in text
     assert "2000-01-01, driver 1.2, torch 2, nvcc V13, Linux." in text and "- tests: passed: 9 passed" in text
-    assert text.endswith("Left out for lack of time: the last.\n")
+    assert "| bfloat16 | 40.0 (39.0 to 41.0) | 1.00 | 1900 | 0 | 2900 |" in text
+    assert "| W4A4, graph | 25.0 (24.0 to 26.0) | 1.60 | 700 | 500 | 1200 |" in text
+    assert text.endswith("Left out: the last.\n")
+    assert "a step" not in check.table(found | {"step": {}})
+
+
+@torch.no_grad()
+def test_the_networks_of_a_step(check: ModuleType) -> None:
+    """On a CPU and small: bfloat16 from end to end in all variants, and each packed one computes about what bfloat16 does."""
+    small = {"model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "attention_resolutions": (1,), "num_head_channels": 16}
+    settings = UNetSettings(**small, context_dim=8, semb_channels=8)
+    inputs, results = check.given(settings, 8, "cpu"), {}
+    for bits in (None, 8, 4):
+        net = check.network(settings, bits, "cpu")
+        results[bits] = net(*inputs)
+        assert results[bits].dtype == torch.bfloat16 and results[bits].shape == (5, 4, 8, 8)
+        if bits:
+            layers = apply.quant_layers(net)
+            assert {layer.execution for layer in layers.values()} == {"packed"} and "time_embed.0" not in layers and len(layers) > 20
+    errors = [float((results[bits] - results[None]).float().norm() / results[None].float().norm()) for bits in (8, 4)]
+    assert errors[0] < 0.1 < errors[1] < 1, errors  # 0.05 and 0.6 where it was written
 
 
 def test_a_program_that_is_slow_or_fails(check: ModuleType) -> None:

@@ -217,6 +217,56 @@ def test_recordings_end_with_their_network(gpu: Gpu) -> None:
     assert graphed() is None
 
 
+def test_a_whole_packed_u_net_can_be_recorded(gpu: Gpu) -> None:
+    """Nothing in it reads a value back: not in bfloat16, not with ranges by timestep."""
+    pytest.importorskip("pydantic")
+    from qvsr.config import UNetSettings
+    from qvsr.models.unet import InflatedUNet
+    from qvsr.quant.cost import example_inputs
+
+    small = {"model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "attention_resolutions": (1,), "num_head_channels": 16}
+    settings = UNetSettings(**small, context_dim=8, semb_channels=8)
+    net = InflatedUNet(settings).eval().requires_grad_(False)
+    apply.quantize_layers(net, ("time_embed.0",), lambda name, module: QuantLayer.from_float(module, LayerPlan(4, 4, rank=1), name))
+    for layer in apply.quant_layers(net).values():
+        layer.set_static_activations(*(torch.full((2, 1), end) for end in (-2.0, 2.0)), timesteps=[400, 999])
+    apply.freeze(net)
+    apply.follow_timesteps(net)
+    apply.set_execution(net, "packed")
+    for module in net.modules():
+        for parameter in () if isinstance(module, QuantLayer) else module.parameters(recurse=False):
+            parameter.data = parameter.data.bfloat16()
+    x, t, context, struct = example_inputs(settings, 8, 5)
+    for _ in range(4):
+        given = (
+            torch.randn_like(x, dtype=torch.bfloat16),
+            t + 500,
+            context.bfloat16(),
+            {width: one.bfloat16() for width, one in struct.items()},
+        )
+        assert torch.equal(recorded(net)(*given, timestep=500), net(*given))
+    _, graphed = graphs._recorded[net]
+    assert graphed.failed is None and len(graphed.recordings) == 1
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("module", [nn.Linear(24, 10), nn.Conv2d(24, 10, 3)], ids=["linear", "conv2d"])
+def test_the_operators_of_a_gpu_read_nothing_back(on_cpu: Any, monkeypatch: pytest.MonkeyPatch, module: nn.Module, static: bool) -> None:
+    """At the second call of a layer: the first one puts its weight in order."""
+    layer = QuantLayer.from_float(module.requires_grad_(False), LayerPlan(4, 4, halves(24), rotate=True, rank=2), "layer")
+    if static:
+        layer.set_static_activations(-torch.ones(1, 2), torch.ones(1, 2))
+    layer.freeze()
+    layer.set_execution("packed")
+    for operator in ("quantize_activation", "matmul_packed", "conv_packed"):
+        monkeypatch.setattr(torch.ops.qvsr, operator, getattr(cuda, operator))
+    x = torch.randn(2, 24) if isinstance(module, nn.Linear) else torch.randn(2, 24, 5, 4)
+    expected = layer(x)
+    with Tape() as tape:
+        found = layer(x)
+    assert torch.equal(found, expected) and tape.calls
+
+
 # ---------------------------------------------------------------- calls
 
 
