@@ -147,9 +147,9 @@ def _where(x: Tensor) -> tuple[AbstractContextManager[Any], int | None]:
     return torch.cuda.device(x.device), torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _captured(x: Tensor) -> bool:
+def _captured(device: torch.device) -> bool:
     """Whether work is being recorded for a CUDA graph instead of done."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _finished(x: Tensor) -> None:
@@ -336,9 +336,9 @@ def _tiles(
     forms = _kept(weight).forms
     if (device, form) in forms:
         return forms[device, form]
-    packed = weight.to(device)
-    if _captured(packed):
+    if _captured(device):
         raise CudaError(f"{name}: its weight is not in the order of the tensor cores yet; run the layer once before a graph is captured")
+    packed = weight.to(device)
     made, offset, taps = [], 0, math.prod(kernel)
     here, stream = _where(packed)
     values = sum(parts) * taps
@@ -395,7 +395,7 @@ def _workspace(library: ctypes.CDLL, like: Tensor, chip: Chip, stream: int | Non
     CUDA graphs share one, made by the calls before them: two must not be replayed at the same time. It never grows, since graphs know its place.
     """
     keys: tuple[tuple[torch.device, int | str | None], ...] = ((like.device, "graphs"), (like.device, stream))
-    if _captured(like):
+    if _captured(like.device):
         return _workspaces[keys[0]]
     for key in keys:
         if key not in _workspaces:

@@ -297,6 +297,22 @@ def test_opcheck(name: str, arguments: tuple) -> None:
     torch.library.opcheck(getattr(torch.ops.qvsr, name).default, arguments)
 
 
+def test_a_weight_may_lie_on_the_cpu_wherever_the_rest_lies() -> None:
+    """As a layer's does on a GPU: the device of the other tensors computes. Any machine has "meta", whose results have shapes alone."""
+    for case, shape in ((Case((4, 4)), (3, 5, 6)), (Case((4, 4), **CONV), (2, 5, 6, 6))):
+        moved = [
+            one
+            if one is case.packed
+            else [each.to("meta") for each in one]
+            if isinstance(one, list) and isinstance(one[0], Tensor)
+            else one
+            for one in case.arguments()
+        ]
+        moved = [one.to("meta") if isinstance(one, Tensor) and one is not case.packed else one for one in moved]
+        y = (torch.ops.qvsr.conv_packed if case.how else torch.ops.qvsr.matmul_packed)(*moved, torch.bfloat16)
+        assert y.device.type == "meta" and y.shape == shape and y.dtype == torch.bfloat16
+
+
 def changed(**given) -> Case:
     case = Case((4, 4))
     for key, value in given.items():
