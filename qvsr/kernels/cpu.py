@@ -124,6 +124,11 @@ def _facts(weight: Tensor, bits: int, zero_point: Tensor, parts: Sequence[int], 
     return found
 
 
+def forget(weight: Tensor) -> None:
+    """Drop what is known of a packed weight; it is found out again when it is needed."""
+    _weights.pop(weight, None)
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -183,16 +188,16 @@ def conv_packed(
         return weight_scale.new_empty(frames, *shape, count)
     facts = _facts(weight, weight_bits, weight_zero_point, [part.shape[-1] for part in q], kernel)
     # a zero that is padded is the zero point among the integers, if it is one of them and the pixel's scale does not matter
-    refused = any(padding) and any(values.dim() > 1 or float(values.min()) < 0 or float(values.max()) > 255 for values in zero_point)
+    refused = any(padding) and any(z.dim() > 1 or not 0 <= _least(z) <= _most(z) <= 255 for z in zero_point)
     if _beyond(facts, zero_point) or refused:
         return reference.conv_packed(
             q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, kernel, stride, padding, dilation, bias, thin, up
         )
     window = native.Window(frames, size, shape, kernel, stride, padding, dilation)
-    ranges = []
-    for s, z in zip(scale, zero_point, strict=True):
-        s, z = (of_outputs(values, (frames, *shape), stride, padding) for values in (s, z))
-        ranges.append((s, z.to(torch.int32)))
+    ranges = [
+        tuple(of_outputs(values, (frames, *shape), stride, padding) for values in (s, z.to(torch.int32)))
+        for s, z in zip(scale, zero_point, strict=True)
+    ]
     y = Output(frames * positions, weight_scale, bias, thin, up)
     if native.engine():
         native.layer(y.values, window, _inputs(facts, q, ranges, weight_scale), weight, weight_bits, y.bias, y.thin, y.up)
@@ -204,8 +209,16 @@ def conv_packed(
 
 def _beyond(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:
     """Whether a sum could exceed 32 bits: a range far away from 0 has a large zero point."""
-    farthest = max(float(z.abs().max()) for z in zero_point)
+    farthest = max(max(-_least(z), _most(z)) for z in zero_point)
     return not (255 + farthest) * facts.limit <= LARGEST  # a NaN is beyond, too
+
+
+def _least(values: Tensor) -> float:
+    return float(values if values.dim() == 0 else values.min())
+
+
+def _most(values: Tensor) -> float:
+    return float(values if values.dim() == 0 else values.max())
 
 
 def _inputs(facts: _Weight, q: Sequence[Tensor], ranges: Sequence[tuple[Tensor, Tensor]], weight_scale: Tensor) -> list[native.Input]:

@@ -71,10 +71,26 @@ class OperatorError(ValueError):
 # ---------------------------------------------------------------- CPU
 
 
+def direct(name: str, x: Tensor, bits: int) -> Any:
+    """What a layer calls for the operator `name`, whose arguments fit by construction, on an input `x`.
+
+    On a CPU it is the function behind the operator: the dispatcher and the checks take as long as a small layer. The operator itself computes
+    for all other devices and for whatever watches or traces operators.
+    """
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
+    if not plain or torch.compiler.is_compiling():
+        return getattr(torch.ops.qvsr, name)
+    return _compute_activation if name == "quantize_activation" else backend(name, bits)
+
+
 @torch.library.impl("qvsr::quantize_activation", "CPU")
 def _quantize_activation(x: Tensor, start: int, stop: int, channels_first: bool, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_activation(x, start, stop, channels_first, rest[3], rest[4], rest[8] is not None, last=False)
+    return _compute_activation(x, start, stop, channels_first, *rest)
+
+
+def _compute_activation(x: Tensor, start: int, stop: int, channels_first: bool, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     left, rotation, signs, *others = rest
-    check_activation(x, start, stop, channels_first, others[0], others[1], others[5] is not None, last=False)
     if others[0] > 8 or not x.numel() or native.library() is None:
         return reference.quantize_activation(x, start, stop, channels_first, *rest)
     if not native.quantizes(rotation, signs):
@@ -98,7 +114,7 @@ def _matmul_packed(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_layer("matmul_packed", q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, None, bias, thin, up, dtype)
-    compute = _backend("matmul_packed", q, bits)
+    compute = backend("matmul_packed", bits if q[0].dtype == torch.uint8 else 16)
     y: Tensor = compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, bias, thin, up)
     return y if dtype is None else y.to(dtype)
 
@@ -123,15 +139,15 @@ def _conv_packed(
 ) -> Tensor:
     how = (kernel, stride, padding, dilation)
     check_layer("conv_packed", q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, how, bias, thin, up, dtype)
-    compute = _backend("conv_packed", q, bits)
+    compute = backend("conv_packed", bits if q[0].dtype == torch.uint8 else 16)
     y: Tensor = compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, *how, bias, thin, up)
     return y if dtype is None else y.to(dtype)
 
 
-def _backend(name: str, q: Sequence[Tensor], bits: int) -> Any:
-    """The function that computes; where it is not the fast one, the reason is logged, each reason once."""
+def backend(name: str, bits: int) -> Any:
+    """The function that computes for the wider of weight and activations; where it is not the fast one, the reason is logged, each reason once."""
     reason = cpu.missing()
-    if reason is None and (bits == 16 or q[0].dtype != torch.uint8):
+    if reason is None and bits == 16:
         reason = "16 bits have no integer instructions"
     if reason is None:
         return getattr(cpu, name)

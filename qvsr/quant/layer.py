@@ -463,10 +463,11 @@ class QuantLayer(nn.Module):
         elif self.down is not None:
             thin = self.operate(ranged if channels_first else ranged.movedim(-1, 1), self.down).movedim(1, -1).contiguous()
         how = () if self.is_linear else (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
-        rest = (*how, self._bias_now(), thin, self.up)
+        rest: tuple[Any, ...] = (*how, self._bias_now(), thin, self.up)
         if self.execution == "packed":
-            operator = torch.ops.qvsr.matmul_packed if self.is_linear else torch.ops.qvsr.conv_packed
-            y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest, dtype)
+            rest = rest if dtype == torch.float32 else (*rest, dtype)
+            operator = ops.direct("matmul_packed" if self.is_linear else "conv_packed", x, max(self.weight_bits, self.act_bits))
+            y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest)
         else:
             compute: Any = simulated.matmul if self.is_linear else simulated.conv
             y = compute(*columns, self._whole_weights(), self.weight_scale, *rest)
@@ -493,7 +494,7 @@ class QuantLayer(nn.Module):
             scale, zero_point = self.act_scale[row, part], self.act_zero_point[row, part]
         # simulated on a GPU: PyTorch's own operators, which need no compiler there
         own = self.execution == "packed" or x.device.type == "cpu"
-        quantize: Any = torch.ops.qvsr.quantize_activation if own else reference.quantize_activation
+        quantize: Any = ops.direct("quantize_activation", x, self.act_bits) if own else reference.quantize_activation
         return quantize(  # type: ignore[no-any-return]
             x,
             start,

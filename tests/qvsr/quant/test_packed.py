@@ -210,7 +210,7 @@ def test_every_layer_of_the_small_u_net_on_its_own_input() -> None:
 
 @each_module
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_inputs_of_16_bits_give_the_same_bytes_packed_and_simulated(name: str, dtype: torch.dtype, positions: str) -> None:
+def test_inputs_of_16_bits_give_the_same_bytes_packed_and_simulated(name: str, dtype: torch.dtype, product: str) -> None:
     """Both compute in float32 and round the result once."""
     module, x = module_and_input(name)
     channels = x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1]
