@@ -194,10 +194,8 @@ def conv_packed(
             q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, kernel, stride, padding, dilation, bias, thin, up
         )
     window = native.Window(frames, size, shape, kernel, stride, padding, dilation)
-    ranges = [
-        tuple(of_outputs(values, (frames, *shape), stride, padding) for values in (s, z.to(torch.int32)))
-        for s, z in zip(scale, zero_point, strict=True)
-    ]
+    at = (frames, *shape), stride, padding
+    ranges = [(of_outputs(s, *at), of_outputs(z.to(torch.int32), *at)) for s, z in zip(scale, zero_point, strict=True)]
     y = Output(frames * positions, weight_scale, bias, thin, up)
     if native.engine():
         native.layer(y.values, window, _inputs(facts, q, ranges, weight_scale), weight, weight_bits, y.bias, y.thin, y.up)

@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qvsr.kernels import cpu, native, reference
 from qvsr.kernels.packing import row_bytes
@@ -78,7 +79,7 @@ def direct(name: str, x: Tensor, bits: int) -> Any:
     for all other devices and for whatever watches or traces operators.
     """
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
-    if not plain or torch.compiler.is_compiling():
+    if not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return getattr(torch.ops.qvsr, name)
     return _compute_activation if name == "quantize_activation" else backend(name, bits)
 
