@@ -189,8 +189,7 @@ def test_quantized_layers_compute_with_the_kernels(
             expected = layer(x)
             layer.set_execution("packed")
             with monkeypatch.context() as patch:
-                for operator in ("quantize_activation", "matmul_packed", "conv_packed"):
-                    patch.setattr(torch.ops.qvsr, operator, getattr(cuda, operator))
+                patch.setattr(ops, "direct", lambda name, x, bits: getattr(cuda, name))
                 found = layer(x)
             error = float((found - expected).norm() / expected.norm())
             assert found.shape == expected.shape and error < (5e-3 if rotate else 1e-5)  # one integer more or less of 8 bits
@@ -239,8 +238,7 @@ def test_a_layer_s_weight_is_on_a_gpu_once(on_cpu: ctypes.CDLL, monkeypatch: pyt
     x, weight, integers = torch.randn(5, 24), layer.weight_packed, layer.integers()
     with torch.no_grad():
         expected = layer(x)
-        for operator in ("quantize_activation", "matmul_packed"):
-            monkeypatch.setattr(torch.ops.qvsr, operator, getattr(cuda, operator))
+        monkeypatch.setattr(ops, "direct", lambda name, x, bits: getattr(cuda, name))
         for _ in range(2):
             torch.testing.assert_close(layer(x), expected)
             tiles = cuda.kept_bytes(weight)

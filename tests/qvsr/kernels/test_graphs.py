@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvsr.kernels import cuda, graphs
+from qvsr.kernels import cuda, graphs, ops
 from qvsr.kernels.graphs import Graphed, recorded
 from qvsr.quant import apply
 from qvsr.quant.layer import LayerPlan, QuantLayer, halves
@@ -258,8 +258,7 @@ def test_the_operators_of_a_gpu_read_nothing_back(on_cpu: Any, monkeypatch: pyte
         layer.set_static_activations(-torch.ones(1, 2), torch.ones(1, 2))
     layer.freeze()
     layer.set_execution("packed")
-    for operator in ("quantize_activation", "matmul_packed", "conv_packed"):
-        monkeypatch.setattr(torch.ops.qvsr, operator, getattr(cuda, operator))
+    monkeypatch.setattr(ops, "direct", lambda name, x, bits: getattr(cuda, name))
     x = torch.randn(2, 24) if isinstance(module, nn.Linear) else torch.randn(2, 24, 5, 4)
     expected = layer(x)
     with Tape() as tape:
