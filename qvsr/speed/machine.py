@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from qvsr.memory import keep_freed
 from qvsr.provenance import ROOT
 from qvsr.speed.timing import BenchError
 
@@ -185,6 +186,7 @@ def _main(work: str, job: str, out: str) -> None:
 
     module, _, function = work.partition(":")
     given = json.loads(job)
+    keep_freed()  # as in every stage
     torch.set_num_threads(given["threads"])
     torch.set_num_interop_threads(1)
     with torch.no_grad():
