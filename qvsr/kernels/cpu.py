@@ -4,7 +4,7 @@ A weight of up to 8 bits is centred to fit 8 signed bits: ``w - c`` with c as ne
 always *is* the zero point; at 8 bits the difference r = c - zero_point remains, and r times the sum of the inputs is added. There are two
 ways, with the same whole numbers and the same bytes behind them:
 
-- our own product (``csrc/layer.c``), where there is a C compiler and the processor has AMX or AVX-512 VNNI. It unpacks a panel of the weight
+- our own product (``csrc/layer.c``), where there is a C compiler and the processor has AMX, AVX-512 VNNI or AVX-VNNI. It unpacks a panel of the weight
   at a time, gathers the rows that a convolution sees, and scales the sums while they are in the nearest cache.
 - `torch._int_mm` with plain matrices elsewhere. The weight is unpacked a few output channels at a time; a convolution becomes a matrix
   product by laying out the 8-bit inputs of each position side by side. :mod:`qvsr.kernels.finish` scales the sums.

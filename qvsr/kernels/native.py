@@ -98,6 +98,7 @@ _ARGUMENTS = {
         _I,
     ],
     "qvsr_engine": [],
+    "qvsr_has_engine": [_I],
 }
 
 
@@ -265,21 +266,26 @@ def _output(out: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | 
     return _Output(out.data_ptr(), out.stride(0), None if bias is None else bias.data_ptr(), *branch)
 
 
-ENGINES = (None, "vnni", "amx")  # as in csrc/cpu/layer.c
+ENGINES = (None, "AVX-VNNI", "AVX-512 VNNI", "AMX")  # as in csrc/cpu/layer.c
+
+
+def has_engine(number: int) -> bool:
+    """Whether one of `ENGINES` can multiply in :func:`layer` here."""
+    found = library()
+    return found is not None and bool(found.qvsr_has_engine(number))
 
 
 @functools.lru_cache(maxsize=1)
 def engine() -> int:
-    """The number of what multiplies in :func:`layer`, among `ENGINES`; 0: nothing, there is no :func:`layer`."""
+    """The best that can multiply in :func:`layer`, a number of `ENGINES`; 0: nothing, there is no :func:`layer`."""
     found = library()
     return 0 if found is None else int(found.qvsr_engine())
 
 
 def described() -> str:
     """What multiplies and what rounds on this machine, in one line, where there are integer instructions at all (:func:`qvsr.kernels.cpu.missing`)."""
-    names = {"amx": "AMX", "vnni": "AVX-512 VNNI"}
     if name := ENGINES[engine()]:
-        return f"8-bit integer products by {names[name]}, inputs rounded, sums scaled, all in C"
+        return f"8-bit integer products by {name}, inputs rounded, sums scaled, all in C"
     if library() is None:
         return f"8-bit integer products by torch._int_mm; inputs rounded by PyTorch, more slowly: {missing()}"
     return "8-bit integer products by torch._int_mm; inputs rounded in C"

@@ -12,15 +12,21 @@
  *
  * A row of inputs holds what one position of the output sees, tap after tap (a convolution is a matrix product of rows gathered 32 at a time,
  * padded with the zero point). Weights are unsigned less their centre, signed 8 bits: see qvsr/kernels/cpu.py. 64 inputs of 16 rows are a tile
- * of AMX; without it 4 inputs of a row times 16 columns are one instruction of AVX-512 VNNI, on the same layout.
+ * of AMX; without it 4 inputs of a row times 16 columns are one instruction of AVX-512 VNNI, or two of AVX-VNNI, on the same layout.
  *
- * Sums are exact, each row of the output is computed by one thread: the same bytes for any number of threads, and with both engines.
+ * Sums are exact, each row of the output is computed by one thread: the same bytes for any number of threads, and with all engines.
  */
 #include "vectors.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVXVNNI__)
+#include <immintrin.h>
+#define HAS_AVX_VNNI 1
+#else
+#define HAS_AVX_VNNI 0
+#endif
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 #define HAS_VNNI 1
 #else
@@ -37,7 +43,7 @@
 /* 32 rows and columns at a time; bytes of K are a multiple of a tile's 64. */
 enum { ROWS = 32, COLUMNS = 32, STEP = 64, TILE = 16 * STEP, PANEL = 3 << 19 };
 enum { HIGH = 8 }; /* rows that go through the scaling together */
-enum { NO_ENGINE = 0, VNNI = 1, AMX = 2 };
+enum { NO_ENGINE = 0, AVX_VNNI = 1, VNNI = 2, AMX = 3 };
 
 /* ---------------------------------------------------------------- weights */
 
@@ -222,6 +228,26 @@ static void gather(const Shape *s, const Part *part, const int32_t *zero, int by
     }
 }
 
+#if HAS_AVX_VNNI
+static void product_avx_vnni(const uint8_t *a, int64_t pitch, const int8_t *b0, const int8_t *b1, int64_t bytes, int32_t *c) {
+    for (int r = 0; r < ROWS; r += 2) { /* 8 sums, 4 weights and an input: 16 registers */
+        __m256i y[2][4];
+        for (int i = 0; i < 8; i++) y[i / 4][i % 4] = _mm256_setzero_si256();
+        for (int64_t k = 0; k < bytes; k += 4) {
+            const int8_t *w = b0 + k * 16, *x = b1 + k * 16;
+            const __m256i columns[4] = {_mm256_load_si256((const void *)w), _mm256_load_si256((const void *)(w + 32)),
+                                        _mm256_load_si256((const void *)x), _mm256_load_si256((const void *)(x + 32))};
+            for (int i = 0; i < 2; i++) {
+                int32_t four;
+                memcpy(&four, a + (r + i) * pitch + k, 4);
+                for (int n = 0; n < 4; n++) y[i][n] = _mm256_dpbusd_avx_epi32(y[i][n], _mm256_set1_epi32(four), columns[n]);
+            }
+        }
+        for (int i = 0; i < 8; i++) _mm256_store_si256((void *)(c + (r + i / 4) * COLUMNS + i % 4 * 8), y[i / 4][i % 4]);
+    }
+}
+#endif
+
 #if HAS_VNNI
 static void product_vnni(const uint8_t *a, int64_t pitch, const int8_t *b0, const int8_t *b1, int64_t bytes, int32_t *c) {
     for (int r = 0; r < ROWS; r += 8) {
@@ -288,13 +314,16 @@ static void product_amx(const uint8_t *a, int64_t pitch, const int8_t *b0, const
 }
 #endif
 
-/* The best engine of this processor: NO_ENGINE, VNNI or AMX. */
+/* The best engine of this processor. */
 int qvsr_engine(void) {
 #if HAS_AMX
     if (allowed()) return AMX;
 #endif
-    return HAS_VNNI ? VNNI : NO_ENGINE;
+    return HAS_VNNI ? VNNI : HAS_AVX_VNNI ? AVX_VNNI : NO_ENGINE;
 }
+
+/* Whether an engine can be asked for here; AMX is the best where it can. */
+int qvsr_has_engine(int engine) { return engine == AVX_VNNI ? HAS_AVX_VNNI : engine == VNNI ? HAS_VNNI : engine == AMX && qvsr_engine() == AMX; }
 
 static inline int64_t padded(int64_t bytes) { return (bytes + STEP - 1) / STEP * STEP; }
 
@@ -309,7 +338,7 @@ int qvsr_layer(const Shape *s, const Part *parts, const Sums *scales, int count,
         all += bytes;
         longest = bytes > longest ? bytes : longest;
     }
-    if (engine == NO_ENGINE || engine > qvsr_engine()) return 2;
+    if (!qvsr_has_engine(engine)) return 2;
     int64_t wide = PANEL / all / COLUMNS * COLUMNS, most = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
     wide = wide < COLUMNS ? COLUMNS : wide > most ? most : wide;
     const int64_t panels = (columns + wide - 1) / wide, blocks = (rows + ROWS - 1) / ROWS;
@@ -394,6 +423,9 @@ int qvsr_layer(const Shape *s, const Part *parts, const Sums *scales, int count,
                         const int64_t bytes = padded(parts[p].channels * taps);
 #if HAS_AMX
                         if (engine == AMX) product_amx(room + at, pitch, b + at * 16, b + (all + at) * 16, bytes, c + p * ROWS * COLUMNS);
+#endif
+#if HAS_AVX_VNNI
+                        if (engine == AVX_VNNI) product_avx_vnni(room + at, pitch, b + at * 16, b + (all + at) * 16, bytes, c + p * ROWS * COLUMNS);
 #endif
 #if HAS_VNNI
                         if (engine == VNNI) product_vnni(room + at, pitch, b + at * 16, b + (all + at) * 16, bytes, c + p * ROWS * COLUMNS);
