@@ -17,6 +17,7 @@ from qvsr.config import UNetSettings
 from qvsr.kernels import build, cuda
 from qvsr.provenance import ROOT
 from qvsr.quant import apply
+from tests.qvsr.kernels.test_graphs import Gpu
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +133,44 @@ def test_the_table(check: ModuleType) -> None:
     assert "a step" not in check.table(found | {"step": {}})
 
 
+SMALL = UNetSettings(
+    model_channels=32,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    attention_resolutions=(1,),
+    num_head_channels=16,
+    context_dim=8,
+    semb_channels=8,
+)
+
+
+def test_a_step_is_measured_in_all_variants(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the GPU: what is timed, not how long it takes."""
+    stand_in = Gpu().parts | {name: lambda: 7e6 for name in ("memory_allocated", "max_memory_allocated")}
+    stand_in |= {name: lambda: None for name in ("empty_cache", "reset_peak_memory_stats")}
+    for name, part in stand_in.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    timed: list[str] = []
+    monkeypatch.setattr(check, "timed", lambda calls, count: {name: timed.append(name) or call().shape for name, call in calls.items()})
+    found = check.measured_steps(SMALL, 8, "cpu")
+    assert list(found) == timed == ["bfloat16", "W8A8", "W8A8, graph", "W4A4", "W4A4, graph"]
+    assert all(one == {"resident_mb": 0, "peak_mb": 0, "packed_mb": 0, "microseconds": (5, 4, 8, 8)} for one in found.values())
+
+    def fails() -> None:
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fails)
+    with pytest.raises(ValueError, match=r"^a step, W8A8: it is not recorded: no graphs here$"):
+        check.measured_steps(SMALL, 8, "cpu")
+
+
 @torch.no_grad()
 def test_the_networks_of_a_step(check: ModuleType) -> None:
     """On a CPU and small: bfloat16 from end to end in all variants, and each packed one computes about what bfloat16 does."""
-    small = {"model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "attention_resolutions": (1,), "num_head_channels": 16}
-    settings = UNetSettings(**small, context_dim=8, semb_channels=8)
-    inputs, results = check.given(settings, 8, "cpu"), {}
+    inputs, results = check.given(SMALL, 8, "cpu"), {}
     for bits in (None, 8, 4):
-        net = check.network(settings, bits, "cpu")
+        net = check.network(SMALL, bits, "cpu")
         results[bits] = net(*inputs)
         assert results[bits].dtype == torch.bfloat16 and results[bits].shape == (5, 4, 8, 8)
         if bits:
