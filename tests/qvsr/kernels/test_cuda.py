@@ -230,7 +230,7 @@ def test_weights_in_the_order_of_the_tensor_cores_are_kept(
     assert cuda.kept_bytes(case.weight) == 0
 
 
-def test_a_layer_s_weight_is_on_a_gpu_once(on_cpu: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_s_weight_is_on_a_device_once(on_cpu: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed weight stays on the CPU and what the GPU has of it goes when the layer is moved; "meta" is the device that any machine has."""
     layer = QuantLayer.from_float(torch.nn.Linear(24, 10).requires_grad_(False), LayerPlan(4, 4, halves(24), rotate=True), "one")
     layer.freeze()

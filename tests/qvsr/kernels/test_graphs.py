@@ -251,7 +251,7 @@ def test_a_whole_packed_u_net_can_be_recorded(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("module", [nn.Linear(24, 10), nn.Conv2d(24, 10, 3)], ids=["linear", "conv2d"])
-def test_the_operators_of_a_gpu_read_nothing_back(on_cpu: Any, monkeypatch: pytest.MonkeyPatch, module: nn.Module, static: bool) -> None:
+def test_the_operators_of_a_device_read_nothing_back(on_cpu: Any, monkeypatch: pytest.MonkeyPatch, module: nn.Module, static: bool) -> None:
     """At the second call of a layer: the first one puts its weight in order."""
     layer = QuantLayer.from_float(module.requires_grad_(False), LayerPlan(4, 4, halves(24), rotate=True, rank=2), "layer")
     if static:
