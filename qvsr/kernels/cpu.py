@@ -143,18 +143,19 @@ def matmul_packed(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     outside, count = q[0].shape[:-1], len(weight)
     positions = math.prod(outside)
     if not positions:
-        return weight_scale.new_empty(*outside, count)
+        return weight_scale.new_empty(*outside, count, dtype=dtype)
     facts = _facts(weight, weight_bits, weight_zero_point, [part.shape[-1] for part in q], ())
     if _beyond(facts, zero_point):
-        return reference.matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up)
+        return reference.matmul_packed(q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, bias, thin, up, dtype)
     ranges = [(column(s, outside), column(z, outside).to(torch.int32)) for s, z in zip(scale, zero_point, strict=True)]
-    y = Output(positions, weight_scale, bias, thin, up)
-    if native.engine():
+    y = Output(positions, weight_scale, bias, thin, up, dtype)
+    if _ours(y):
         one = (1,)
         window = native.Window(1, (positions,), (positions,), one, one, (0,), one)
         native.layer(y.values, window, _inputs(facts, q, ranges, weight_scale), weight, weight_bits, y.bias, y.thin, y.up)
@@ -178,6 +179,7 @@ def conv_packed(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     frames, count = q[0].shape[0], len(weight)
@@ -185,24 +187,43 @@ def conv_packed(
     shape = output_shape(size, kernel, stride, padding, dilation)
     positions = math.prod(shape)
     if not frames * positions:
-        return weight_scale.new_empty(frames, *shape, count)
+        return weight_scale.new_empty(frames, *shape, count, dtype=dtype)
     facts = _facts(weight, weight_bits, weight_zero_point, [part.shape[-1] for part in q], kernel)
     # a zero that is padded is the zero point among the integers, if it is one of them and the pixel's scale does not matter
     refused = any(padding) and any(z.dim() > 1 or not 0 <= _least(z) <= _most(z) <= 255 for z in zero_point)
     if _beyond(facts, zero_point) or refused:
         return reference.conv_packed(
-            q, scale, zero_point, weight, weight_bits, weight_scale, weight_zero_point, kernel, stride, padding, dilation, bias, thin, up
+            q,
+            scale,
+            zero_point,
+            weight,
+            weight_bits,
+            weight_scale,
+            weight_zero_point,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            bias,
+            thin,
+            up,
+            dtype,
         )
     window = native.Window(frames, size, shape, kernel, stride, padding, dilation)
     at = (frames, *shape), stride, padding
     ranges = [(of_outputs(s, *at), of_outputs(z.to(torch.int32), *at)) for s, z in zip(scale, zero_point, strict=True)]
-    y = Output(frames * positions, weight_scale, bias, thin, up)
-    if native.engine():
+    y = Output(frames * positions, weight_scale, bias, thin, up, dtype)
+    if _ours(y):
         native.layer(y.values, window, _inputs(facts, q, ranges, weight_scale), weight, weight_bits, y.bias, y.thin, y.up)
     else:
         rows = [_windows(u, z, window).view(frames * positions, -1) for u, z in zip(q, zero_point, strict=True)]
         _blocks(rows, ranges, weight, weight_bits, facts, weight_scale, y)
     return y.values.view(frames, *shape, count)
+
+
+def _ours(y: Output) -> bool:
+    """Whether our own product writes an output; not in float16."""
+    return native.engine() > 0 and y.values.dtype != torch.float16
 
 
 def _beyond(facts: _Weight, zero_point: Sequence[Tensor]) -> bool:

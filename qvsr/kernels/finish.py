@@ -26,11 +26,14 @@ class Output:
     Args:
         like: a tensor of N rows on the output's device.
         bias: ``(N,)``; thin: the input after the branch's first layer, M vectors of R; up: ``(N, R)``.
+        dtype: of the output, rounded once, at the end; None: float32.
     """
 
-    def __init__(self, positions: int, like: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None) -> None:
-        shape = positions, len(like)
-        self.values = native.empty(*shape) if like.device.type == "cpu" else like.new_empty(shape, dtype=torch.float32)
+    def __init__(
+        self, positions: int, like: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None, dtype: torch.dtype | None = None
+    ) -> None:
+        shape, dtype = (positions, len(like)), dtype or torch.float32
+        self.values = native.empty(*shape, dtype=dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
         self.bias = bias
         self.thin = None if thin is None else thin.reshape(positions, -1)
         self.up = None if up is None else up.T.contiguous()
@@ -41,9 +44,10 @@ class Output:
         thin, up = None if self.thin is None else self.thin[m], None if self.up is None else self.up[:, n]
         # three-dimensional convolutions may put channels first
         parts = [part if part.sums.stride(1) == 1 else part._replace(sums=part.sums.contiguous()) for part in parts]
-        if out.device.type == "cpu" and native.library() is not None:
+        if out.device.type == "cpu" and native.library() is not None and out.dtype != torch.float16:
             native.finish(out, bias, thin, up, parts)
             return
+        whole, out = out, torch.empty_like(out, dtype=torch.float32)
         out[:] = 0.0 if bias is None else bias
         if thin is not None and up is not None:
             out += thin @ up
@@ -56,6 +60,7 @@ class Output:
             if part.rest is not None and part.inputs is not None:
                 values = values + part.rest.float() * part.inputs[:, None]
             out += values * (part.step * part.scale.view(-1, 1))
+        whole.copy_(out)
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:

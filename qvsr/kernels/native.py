@@ -46,7 +46,7 @@ class _Part(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("frames", "positions", "channels", "start", "n")),
         *((name, ctypes.c_int32) for name in ("channels_first", "signs_first")),
         *((name, ctypes.c_void_p) for name in ("signs", "factors", "sizes")),
-        ("count", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("count", "half")),
     )
 
 
@@ -65,6 +65,7 @@ class _Output(ctypes.Structure):
         ("ld", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("bias", "thin", "up")),
         *((name, ctypes.c_int64) for name in ("rank", "ld_up")),
+        ("half", ctypes.c_int32),
     )
 
 
@@ -209,6 +210,7 @@ def quantize_activation(
     frames = x.shape[0] if channels_first or granularity == "frame" else 1
     positions = math.prod(outside) // frames
     part = _Part(x.data_ptr(), frames, positions, x.shape[1 if channels_first else -1], start, stop - start, channels_first)
+    part.half = x.dtype == torch.bfloat16
     if rotation:
         assert signs is not None
         known = _rotation(tuple(rotation), signs, left)
@@ -218,8 +220,8 @@ def quantize_activation(
     room = None
     if scale is None or zero_point is None:
         shape = ((), outside[:1], outside)[stride]
-        scale, zero_point = x.new_empty(shape), x.new_empty(shape)
-        room = x.new_empty(2 * frames * (positions if stride == 2 else -(-positions // LANES)))
+        scale, zero_point = torch.empty(shape), torch.empty(shape)
+        room = torch.empty(2 * frames * (positions if stride == 2 else -(-positions // LANES)))
     else:
         scale, zero_point = scale.clone(), zero_point.clone()
     q = torch.empty((*outside, stop - start), dtype=torch.uint8)
@@ -263,7 +265,7 @@ def finish(out: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | N
 
 def _output(out: Tensor, bias: Tensor | None, thin: Tensor | None, up: Tensor | None) -> _Output:
     branch = (None, None, 0, 0) if thin is None or up is None else (thin.data_ptr(), up.data_ptr(), up.shape[0], up.stride(0))
-    return _Output(out.data_ptr(), out.stride(0), None if bias is None else bias.data_ptr(), *branch)
+    return _Output(out.data_ptr(), out.stride(0), None if bias is None else bias.data_ptr(), *branch, out.dtype == torch.bfloat16)
 
 
 ENGINES = (None, "AVX-VNNI", "AVX-512 VNNI", "AMX")  # as in csrc/cpu/layer.c
@@ -367,10 +369,10 @@ class Sums(NamedTuple):
     inputs: Tensor | None = None
 
 
-def empty(*shape: int) -> Tensor:
-    """An uninitialised float32 tensor; on Linux a large one gets large pages, which come several times as fast as small ones."""
-    y = torch.empty(shape)
-    size, advise = y.numel() * 4, _advise()
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor; on Linux a large one gets large pages, which come several times as fast as small ones."""
+    y = torch.empty(shape, dtype=dtype)
+    size, advise = y.numel() * y.element_size(), _advise()
     if size >= LARGE and advise is not None:
         start = -(-y.data_ptr() // PAGE) * PAGE
         advise(start, (y.data_ptr() + size - start) // PAGE * PAGE, HUGE_PAGES)

@@ -13,7 +13,7 @@ depends on the number of threads but the branch, a product of a library, whose o
 
     SCHEMAS:
     quantize_activation(x, start, stop, channels_first, left, rotation, signs, bits, granularity, symmetric, floor, clip, scale, zero_point)
-        x           float32, contiguous: (..., K), or (B, K, ...) with channels_first; the part is its channels start to stop.
+        x           float32, on a CPU bfloat16 too, contiguous: (..., K), or (B, K, ...) with channels_first; the part is its channels start to stop.
         rotation, signs, left
                     matrices, signs and left of qvsr.kernels.rotate.rotate; an empty list: not rotated.
         granularity tensor, frame (a row of axis 0) or token: what shares one range.
@@ -78,7 +78,7 @@ def direct(name: str, x: Tensor, bits: int) -> Any:
     On a CPU it is the function behind the operator: the dispatcher and the checks take as long as a small layer. The operator itself computes
     for all other devices and for whatever watches or traces operators.
     """
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     if not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return getattr(torch.ops.qvsr, name)
     return _compute_activation if name == "quantize_activation" else backend(name, bits)
@@ -95,7 +95,7 @@ def _compute_activation(x: Tensor, start: int, stop: int, channels_first: bool, 
     if others[0] > 8 or not x.numel() or native.library() is None:
         return reference.quantize_activation(x, start, stop, channels_first, *rest)
     if not native.quantizes(rotation, signs):
-        x = rotate(x.narrow(1 if channels_first else -1, start, stop - start), rotation, signs, left, channels_first)
+        x = rotate(x.narrow(1 if channels_first else -1, start, stop - start).float(), rotation, signs, left, channels_first)
         start, stop, rotation = 0, stop - start, []
     return native.quantize_activation(x, start, stop, channels_first, left, rotation, signs, *others)
 
@@ -116,8 +116,7 @@ def _matmul_packed(
 ) -> Tensor:
     check_layer("matmul_packed", q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, None, bias, thin, up, dtype)
     compute = backend("matmul_packed", bits if q[0].dtype == torch.uint8 else 16)
-    y: Tensor = compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, bias, thin, up)
-    return y if dtype is None else y.to(dtype)
+    return compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, bias, thin, up, dtype)  # type: ignore[no-any-return]
 
 
 @torch.library.impl("qvsr::conv_packed", "CPU")
@@ -141,8 +140,7 @@ def _conv_packed(
     how = (kernel, stride, padding, dilation)
     check_layer("conv_packed", q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, how, bias, thin, up, dtype)
     compute = backend("conv_packed", bits if q[0].dtype == torch.uint8 else 16)
-    y: Tensor = compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, *how, bias, thin, up)
-    return y if dtype is None else y.to(dtype)
+    return compute(q, scale, zero_point, weight, bits, weight_scale, weight_zero_point, *how, bias, thin, up, dtype)  # type: ignore[no-any-return]
 
 
 def backend(name: str, bits: int) -> Any:
@@ -192,7 +190,8 @@ def check_activation(x: Tensor, start: int, stop: int, channels_first: bool, bit
         OperatorError: it names what.
     """
     name = "quantize_activation"
-    check(name, x.device, x=x.movedim(1, -1) if last and x.movedim(1, -1).is_contiguous() else x)
+    dtypes = (torch.float32, torch.bfloat16) if x.device.type == "cpu" else (torch.float32,)
+    check(name, x.device, dtypes, x=x.movedim(1, -1) if last and x.movedim(1, -1).is_contiguous() else x)
     channels = x.shape[1 if channels_first else -1] if x.dim() > 1 else 0
     if not 0 <= start < stop <= channels:
         raise OperatorError(f"{name}: channels {start} to {stop} are not among the {channels} of x {tuple(x.shape)}")
@@ -281,7 +280,7 @@ def _fake_quantize_activation(x: Tensor, start: int, stop: int, channels_first: 
     shape = (x.shape[0], *x.shape[2:], stop - start) if channels_first else (*x.shape[:-1], stop - start)
     ranges: tuple[Any, ...] = {"tensor": (), "frame": shape[:1], "token": shape[:-1]}[granularity] if rest[8] is None else ()
     q = x.new_empty(shape, dtype=torch.uint8 if bits <= 8 else torch.int32)
-    return q, x.new_empty(ranges), x.new_empty(ranges)
+    return q, x.new_empty(ranges, dtype=torch.float32), x.new_empty(ranges, dtype=torch.float32)
 
 
 @torch.library.register_fake("qvsr::matmul_packed")

@@ -39,7 +39,7 @@ def quantize_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :data:`qvsr.kernels.ops.SCHEMAS`; float32 operations in the order of the simulated layer, which gives its integers to the last one."""
     axis = 1 if channels_first else x.dim() - 1
-    piece = x.narrow(axis, start, stop - start)
+    piece = x.narrow(axis, start, stop - start).float()
     if rotation:
         piece = rotate(piece, rotation, signs, left, channels_first)
     shape: tuple[int, ...] = ()
@@ -88,11 +88,12 @@ def matmul_packed(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     rows, outside = [part.unsqueeze(0).flatten(0, -2) for part in q], q[0].shape[:-1]
     pieces = [part[:, 0] for part in unpack_weight(weight, weight_bits, [part.shape[-1] for part in q])]
-    y, sums = Output(len(rows[0]), weight_scale, bias, thin, up), []
+    y, sums = Output(len(rows[0]), weight_scale, bias, thin, up, dtype), []
     for index, (u, w) in enumerate(zip(rows, pieces, strict=True)):
         s, z = (column(values[index], outside) for values in (scale, zero_point))
         total = (u.double() - z.double().unsqueeze(-1)) @ (w.double() - weight_zero_point[:, index, None].double()).T
@@ -116,11 +117,12 @@ def conv_packed(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :data:`qvsr.kernels.ops.SCHEMAS`."""
     count, shape = len(weight), (q[0].shape[0], *output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation))
     channels = [part.shape[-1] for part in q]
-    y, sums = Output(math.prod(shape), weight_scale, bias, thin, up), []
+    y, sums = Output(math.prod(shape), weight_scale, bias, thin, up, dtype), []
     for index, w in enumerate(unpack_weight(weight, weight_bits, channels, kernel)):
         w = w.double() - weight_zero_point[:, index, None, None].double()
         w = w.transpose(1, 2).reshape(count, channels[index], *kernel)

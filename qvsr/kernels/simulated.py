@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,13 +28,14 @@ def matmul(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``qvsr::matmul_packed`` with weights as whole numbers in float32, ``(N, K)`` a part."""
     outside, count = q[0].shape[:-1], len(weight_scale)
     rows = [part.reshape(-1, part.shape[-1]) for part in q]
     ranges = [[column(values, outside) for values in pair] for pair in zip(scale, zero_point, strict=True)]
     steps = [step.contiguous() for step in weight_scale.unbind(1)]
-    y = Output(len(rows[0]), weight_scale, bias, thin, up)
+    y = Output(len(rows[0]), weight_scale, bias, thin, up, dtype)
     for m in blocks(len(y.values), count):
         sums = []
         for part, weight in enumerate(weights):
@@ -56,13 +58,14 @@ def conv(
     bias: Tensor | None,
     thin: Tensor | None,
     up: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``qvsr::conv_packed`` with weights as whole numbers in float32, ``(N, K, *kernel)`` a part."""
     frames, count = q[0].shape[0], len(weight_scale)
     shape = output_shape(q[0].shape[1:-1], kernel, stride, padding, dilation)
     positions = math.prod(shape)
     steps = [step.contiguous() for step in weight_scale.unbind(1)]
-    y = Output(frames * positions, weight_scale, bias, thin, up)
+    y = Output(frames * positions, weight_scale, bias, thin, up, dtype)
     for m in blocks(frames, count * positions):
         rows = slice(m.start * positions, m.stop * positions)
         sums = []

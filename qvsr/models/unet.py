@@ -234,15 +234,17 @@ class InflatedUNet(nn.Module):
             context: (1, N, D), (B, N, D) or (B*T, N, D).
             struct: structure maps by width, as :class:`qvsr.models.structure.StructureEncoder` returns them.
         Returns:
-            eps or v, (B*T, out_channels, H, W).
+            eps or v, (B*T, out_channels, H, W), of x's type; in between all is of the type that the norms' weights have.
         """
-        emb = self.time_embed(timestep_embedding(t, self.settings.model_channels).to(self.time_embed[0].weight.dtype))
+        dtype = self.out[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(t, self.settings.model_channels).to(dtype))
+        context, struct = context.to(dtype), {width: maps.to(dtype) for width, maps in struct.items()}
         skips = []
-        h = x
+        h = x.to(dtype)
         for block in self.input_blocks:
             h = block(h, emb, context, struct)
             skips.append(h)
         h = self.middle_block(h, emb, context, struct)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, struct)
-        return self.out(h)
+        return self.out(h).to(x.dtype)

@@ -33,6 +33,16 @@ def choose_execution(asked: str, device: str) -> str:
     return "packed" if torch.device(device).type == "cpu" and cpu.missing() is None else "simulated"
 
 
+def set_precision(network: nn.Module, dtype: torch.dtype) -> None:
+    """Compute what is not quantized in a type; quantized layers read and write it, round and scale in float32, and multiply integers as before.
+
+    Packed and simulated execution then give the same bytes again, other ones than in float32.
+    """
+    for module in network.modules():
+        for name, parameter in () if isinstance(module, QuantLayer) else list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))  # a new one: networks share parameters
+
+
 def excluded(name: str, exclude: Iterable[str]) -> bool:
     """Whether a layer's name is one of the prefixes or lies below one; prefixes end at a dot.
 

@@ -377,6 +377,7 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(…, K)`` to ``(…, N)`` for Linear; maps ``(B, K, …)`` to ``(B, N, …)`` for convolutions."""
+        dtype = x.dtype
         x = self._scaled(x)
         differentiated = torch.is_grad_enabled() and x.requires_grad
         if differentiated and self.execution == "packed":
@@ -384,9 +385,9 @@ class QuantLayer(nn.Module):
         if self.is_open or differentiated or (x.dtype == torch.float64 and self.execution == "simulated"):
             y = self._linear(x) if self.is_linear else self._convolution(x)
         else:
-            y = self._frozen(x)
+            y = self._frozen(x, dtype)
         if self.offset_taps is not None:
-            y = y + self.offset_constant(self.offset_taps, x.shape)
+            y = (y + self.offset_constant(self.offset_taps, x.shape)).to(dtype)
         if self.correction is None:
             return y
         # not as the operation's bias: its backward pass would compute the gradient of the whole weight too
@@ -447,30 +448,34 @@ class QuantLayer(nn.Module):
         y.view(*thin.shape[:1], geometry.out_channels, -1).baddbmm_(self.up.expand(thin.shape[0], -1, -1), thin)
         return y
 
-    def _frozen(self, x: Tensor) -> Tensor:
-        """A smoothed input through integers: as floating-point numbers, or by the operators of packed execution."""
+    def _frozen(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A smoothed input through integers, to a type: as floating-point numbers, or by the operators of packed execution."""
         if not x.numel():
-            return x.new_empty(self._output_shape(x))
-        geometry, dtype = self.geometry, x.dtype
+            return x.new_empty(self._output_shape(x), dtype=dtype)
+        geometry = self.geometry
         channels_first = not self.is_linear and not _channels_last(x)
         ranged = self.as_ranged(x) if self.is_linear or channels_first else x.movedim(1, -1)
-        ranged = (ranged.float() if dtype in (torch.float16, torch.bfloat16) else ranged).contiguous()
+        # a CPU reads bfloat16 as it is
+        ranged = (ranged.float() if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not x.is_cpu) else ranged).contiguous()
         inputs = [self._integer_input(ranged, part, channels_first) for part in range(len(self.parts))]
         columns: tuple[list[Tensor], ...] = tuple(list(values) for values in zip(*inputs, strict=True))
         thin = None
-        if self.down is not None and self.is_linear:
-            thin = (ranged.view(-1, ranged.shape[-1]) @ self.down.T).view(*ranged.shape[:-1], -1)
-        elif self.down is not None:
-            thin = self.operate(ranged if channels_first else ranged.movedim(-1, 1), self.down).movedim(1, -1).contiguous()
+        if self.down is not None:
+            down = self.down.to(ranged.dtype)
+            if self.is_linear:
+                thin = (ranged.view(-1, ranged.shape[-1]) @ down.T).view(*ranged.shape[:-1], -1)
+            else:
+                thin = self.operate(ranged if channels_first else ranged.movedim(-1, 1), down).movedim(1, -1).contiguous()
+            thin = thin.float()
         how = () if self.is_linear else (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
         rest: tuple[Any, ...] = (*how, self._bias_now(), thin, self.up)
         if self.execution == "packed":
-            rest = rest if dtype == torch.float32 else (*rest, dtype)
+            rest = (*rest, dtype)
             operator = ops.direct("matmul_packed" if self.is_linear else "conv_packed", x, max(self.weight_bits, self.act_bits))
             y = operator(*columns, self.weight_packed, self.weight_bits, self.weight_scale, self.weight_zero_point, *rest)
         else:
             compute: Any = simulated.matmul if self.is_linear else simulated.conv
-            y = compute(*columns, self._whole_weights(), self.weight_scale, *rest)
+            y = compute(*columns, self._whole_weights(), self.weight_scale, *rest, dtype)
         return (y.view(self._output_shape(x)) if self.is_linear else y.movedim(-1, 1)).to(dtype)
 
     def _whole_weights(self) -> list[Tensor]:

@@ -29,6 +29,7 @@ class Variant:
         execution: float (torch's own layers), simulated or packed.
         bits: of weights and activations; 32 and 16 for float32 and bfloat16.
         channels_last: how a convolution's input, and in `float` its weight, lies in memory.
+        half: whether what is not quantized is bfloat16.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Variant:
     bits: int
     rank: int = 0
     channels_last: bool = False
+    half: bool = False
 
     @property
     def precision(self) -> str:
@@ -43,7 +45,8 @@ class Variant:
 
     @property
     def bfloat16(self) -> bool:
-        return self.execution == "float" and self.bits == 16
+        """Whether all that is not quantized is bfloat16."""
+        return self.half or (self.execution == "float" and self.bits == 16)
 
 
 FP32, FP32_LAST = Variant("fp32", "float", 32), Variant("fp32 channels last", "float", 32, channels_last=True)

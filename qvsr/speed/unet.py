@@ -30,7 +30,10 @@ from qvsr.speed.layers import MAPS, RANK, Shape, quantized, shapes
 from qvsr.speed.machine import Measured, Memory, Peaks, in_a_process
 from qvsr.speed.timing import BF16, FP32, FP32_LAST, Row, Times, Variant, alternate, decibels
 
-PACKED = tuple(Variant(f"packed W{bits}A{bits} r{RANK}", "packed", bits, RANK) for bits in (8, 6, 4))
+PACKED = (
+    *(Variant(f"packed W{bits}A{bits} r{RANK}", "packed", bits, RANK) for bits in (8, 6, 4)),
+    *(Variant(f"packed W{bits}A{bits} r{RANK}, rest bf16", "packed", bits, RANK, half=True) for bits in (8, 4)),
+)
 SIMULATED = Variant(f"simulated W4A4 r{RANK}", "simulated", 4, RANK)
 VARIANTS = (FP32, FP32_LAST, BF16, SIMULATED, *PACKED)
 MOVED = 1e-7  # of the input: about the last digit of float32
@@ -75,6 +78,8 @@ def network(settings: UNetSettings, variant: Variant, exclude: Sequence[str], fu
                 setattr(net.get_submodule(name), key, parameter)
     if variant.execution == "float":
         net = _converted(net, variant)
+    elif variant.half:
+        apply.set_precision(net, torch.bfloat16)
     return net
 
 
@@ -159,8 +164,11 @@ def together(job: dict[str, Any]) -> dict[str, Any]:
         moved = step(net, variant, (given[0] * (1 + MOVED), *given[1:]))
         begun = time.perf_counter()
         beside = moved()
-        simulated = time.perf_counter() - begun  # of the last, which has the bits of SIMULATED
-        errors[variant.name], floors[variant.name] = ((one - expected).norm().item() / expected.norm().item() for one in (packed, beside))
+        if (variant.bits, variant.half) == (SIMULATED.bits, SIMULATED.half):
+            simulated = time.perf_counter() - begun
+        errors[variant.name], floors[variant.name] = (
+            (one - expected).float().norm().item() / expected.float().norm().item() for one in (packed, beside)
+        )
         del net, call, moved
     return {"times": {name: asdict(one) for name, one in times.items()}, "errors": errors, "floors": floors, "simulated": simulated}
 
@@ -261,6 +269,6 @@ def rows_of(
 
 def least(found: dict[Shape, int], attention_macs: int, variant: Variant, peaks: Peaks) -> float:
     """Seconds that the machine's peaks allow: each layer's own, unquantized ones and attention products in float32 (bfloat16); norms and the like: none."""
-    unquantized = variant if variant.execution == "float" else FP32
+    unquantized = variant if variant.execution == "float" else BF16 if variant.half else FP32
     layers = math.fsum(count * shape.least(variant if shape.quantized else unquantized, peaks) for shape, count in found.items())
     return layers + peaks.seconds(unquantized.bits, attention_macs, 0, 0)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvsr.data import clips
 from qvsr.provenance import ROOT, DiskFullError, atomic_path, code_digest
+from qvsr.registry import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qvsr.quant.exported import Model
 
 DEFAULT_MODEL = ROOT / "weights" / "mgld-mini-quantvsr-W4A4.safetensors"
+PRECISIONS = ("float32", "bfloat16")
 CODE = ("qvsr/models/**/*.py", "qvsr/quant/**/*.py", "qvsr/kernels/**/*.py", "qvsr/kernels/csrc/cpu/*")
 PNG_SHARE = 0.35  # of the bytes of raw frames, at least: restored frames of the small model took 0.37 to 0.78
 STATE = "state.json"
@@ -56,6 +58,7 @@ def run(
     model_file: Path = DEFAULT_MODEL,
     *,
     execution: str = "auto",
+    precision: str = "float32",
     seed: int = 42,
     steps: int | None = None,
     clip: str = "",
@@ -71,6 +74,7 @@ def run(
         out: a video by its extension, or a folder of PNG frames.
         model_file: written by the export stage.
         execution: packed, simulated, or auto (:func:`qvsr.quant.apply.choose_execution`).
+        precision: float32, or bfloat16 for what the U-Net does not quantize (:func:`qvsr.quant.apply.set_precision`).
         seed: of the noise.
         steps: of sampling; None: the model's.
         clip: what the noise is keyed by; empty: the name of `source`.
@@ -93,7 +97,11 @@ def run(
     times = times_of(opened, fps) if out.suffix else None
     content = read_through(opened)
     execution = apply.choose_execution(execution, device)
+    if precision not in PRECISIONS:
+        raise UpscaleError(suggest("precision", precision, PRECISIONS))
     model = exported.load(model_file, execution)
+    if precision != "float32":
+        apply.set_precision(model.backbone.unet, getattr(torch, precision))
     sampling = model.sampling if steps is None else model.sampling.model_copy(update={"steps": steps})
     if not 1 <= sampling.steps <= model.backbone.settings.schedule.timesteps:
         raise UpscaleError(f"--steps {sampling.steps}: from 1 to {model.backbone.settings.schedule.timesteps} work")
@@ -101,6 +109,7 @@ def run(
         "input": content,
         "model": model.header["digest"],
         "execution": execution,
+        "precision": precision,
         "seed": seed,
         "steps": sampling.steps,
         "clip": clip or opened.name,
@@ -234,7 +243,11 @@ def assemble(
             "bits": made["bits"],
             "frames": source.frames,
         }
-        info |= {"size": list(size), "sha256": pixels.hexdigest(), **{key: asked[key] for key in ("model", "execution", "seed", "steps")}}
+        info |= {
+            "size": list(size),
+            "sha256": pixels.hexdigest(),
+            **{key: asked[key] for key in ("model", "execution", "precision", "seed", "steps")},
+        }
         (partial / clips.INFO).write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
 
 

@@ -17,6 +17,7 @@ from qvsr.kernels.packing import pack_rows
 from qvsr.quant.rotation import hadamard, random_signs, rotation_from_signs, small_factors
 
 here = pytest.mark.skipif(native.library() is None, reason=f"the library is not there: {native.missing()}")
+HALVES = (torch.float32, torch.bfloat16)
 SHAPES = {"tokens": ((3, 37, 40), False), "maps": ((2, 40, 5, 7), True), "one token": ((1, 40), False), "many": ((130, 40), False)}
 
 
@@ -206,3 +207,23 @@ def test_a_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = native.run
     monkeypatch.setattr(native, "run", lambda command: runs.append(command) or run(command))
     assert native.build(tmp_path) == first and [command[1:] for command in runs] == [["--version"]]
+
+
+@here
+def test_bfloat16_is_read_and_written_as_it_is() -> None:
+    """Inputs give the integers of the same numbers in float32, outputs are those in float32 rounded once, NaN included."""
+    signs, factors = random_signs(24, 0).float(), [hadamard(size).float() for size in small_factors(24)]
+    for shape, first in (((3, 37, 24), False), ((2, 24, 5, 7), True)):
+        x = torch.randn(shape).bfloat16()
+        call = (0, 24, first, first, factors, signs, 8, "tensor", False, 1e-4, None, None, None)
+        for found, expected in zip(native.quantize_activation(x, *call), native.quantize_activation(x.float(), *call), strict=True):
+            assert torch.equal(found, expected)
+    sums = torch.randint(-(2**20), 2**20, (9, 37)).float()
+    parts = [Sums(sums, torch.rand(37) * 1e-3, torch.tensor(0.37))]
+    outputs = [Output(9, sums[0], torch.randn(37).index_fill(0, torch.tensor([5]), math.nan), None, None, dtype) for dtype in HALVES]
+    outputs[1].bias = outputs[0].bias
+    for y in outputs:
+        y.finish(slice(None), parts)
+    assert (
+        torch.equal(outputs[1].values.nan_to_num(-7), outputs[0].values.bfloat16().nan_to_num(-7)) and outputs[1].values.isnan().sum() == 9
+    )

@@ -324,7 +324,7 @@ def changed(**given) -> Case:
     ("call", "message"),
     [
         (lambda: quantize(torch.randn(4, 3).T), r"quantize_activation: x \(3, 4\) with strides \(1, 3\) is not contiguous"),
-        (lambda: quantize(torch.randn(4, 3).double()), "quantize_activation: x is float64, float32 is needed"),
+        (lambda: quantize(torch.randn(4, 3).double()), "quantize_activation: x is float64, float32 or bfloat16 is needed"),
         (lambda: quantize(torch.randn(4, 3), part=(2, 4)), r"channels 2 to 4 are not among the 3 of x \(4, 3\)"),
         (lambda: quantize(torch.randn(4, 3), "row"), "granularity 'row' is none of tensor, frame, token"),
         (lambda: quantize(torch.randn(4, 3), bits=9), "9 bits are not possible; 2 to 8 are, and 16"),

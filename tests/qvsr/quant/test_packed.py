@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qvsr.config import load
-from qvsr.kernels import native
+from qvsr.kernels import native, ops
 from qvsr.kernels.packing import row_bytes
 from qvsr.models.checkpoints import load_backbone
 from qvsr.quant import apply, checkpoint
@@ -169,7 +169,7 @@ def test_what_packed_execution_refuses() -> None:
     apply.set_execution(net, "packed")
     with torch.enable_grad(), pytest.raises(QuantError, match="body: packed execution has no gradients"):
         layers["body"](torch.randn(1, 16, 4, 4, requires_grad=True))
-    with pytest.raises(ValueError, match="quantize_activation: x is float64, float32 is needed"):
+    with pytest.raises(ValueError, match="quantize_activation: x is float64, float32 or bfloat16 is needed"):
         layers["body"](torch.randn(1, 16, 4, 4).double())
 
 
@@ -211,7 +211,7 @@ def test_every_layer_of_the_small_u_net_on_its_own_input() -> None:
 @each_module
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_inputs_of_16_bits_give_the_same_bytes_packed_and_simulated(name: str, dtype: torch.dtype, product: str) -> None:
-    """Both compute in float32 and round the result once."""
+    """Both compute in float32 and round the result once; the branch's first layer sees bfloat16 as it is."""
     module, x = module_and_input(name)
     channels = x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1]
     x = x.to(dtype)
@@ -220,17 +220,22 @@ def test_inputs_of_16_bits_give_the_same_bytes_packed_and_simulated(name: str, d
         layer = QuantLayer.from_float(module, plan, name)
         layer.freeze()
         expected, whole = layer(x), layer(x.float())
-        assert expected.dtype == dtype and torch.equal(expected, whole.to(dtype))
+        if rank == 0 or dtype == torch.float16:
+            assert torch.equal(expected, whole.to(dtype))
+        assert expected.dtype == dtype and (expected - whole).norm() < 0.01 * whole.norm()
         layer.set_execution("packed")
         assert layer(x).dtype == dtype and torch.equal(layer(x), expected)
 
 
 def test_a_packed_layer_s_result_is_made_in_the_input_s_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the operator: nothing behind it reads float32 again."""
-    found = []
-    for name in ("matmul_packed", "conv_packed"):
-        real = getattr(torch.ops.qvsr, name)
-        monkeypatch.setattr(torch.ops.qvsr, name, lambda *arguments, real=real: found.append(real(*arguments)) or found[-1])
+    """By what computes it: nothing behind that reads float32 again."""
+    found, direct = [], ops.direct
+
+    def noted(name: str, x: Tensor, bits: int) -> Callable[..., Tensor]:
+        function = direct(name, x, bits)
+        return function if name == "quantize_activation" else lambda *arguments: found.append(function(*arguments)) or found[-1]
+
+    monkeypatch.setattr(ops, "direct", noted)
     for name in ("linear", "conv2d"):
         module, x = module_and_input(name)
         layer = QuantLayer.from_float(module, LayerPlan(4, 4), name)
@@ -249,6 +254,19 @@ def test_the_small_u_net_gives_the_same_bytes_packed_and_simulated(bits: int) ->
     apply.set_execution(net, "packed")
     assert torch.equal(net(*inputs), expected)
     assert not torch.equal(net(inputs[0] * (1 + 1e-6), *inputs[1:]), expected), "the comparison would notice a difference"
+
+
+def test_the_small_u_net_with_bfloat16_between_its_layers() -> None:
+    """The same bytes packed and simulated; near float32, for what both round: a W8A8 network, as 4 bits amplify any difference."""
+    net, inputs = mini(8)
+    exact = net(*inputs)
+    apply.set_precision(net, torch.bfloat16)
+    expected = net(*inputs)
+    apply.set_execution(net, "packed")
+    found = net(*inputs)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.1
+    assert {parameter.dtype for name, parameter in net.named_parameters() if name.startswith("out.0")} == {torch.bfloat16}
 
 
 def mini(bits: int) -> tuple[nn.Module, tuple]:

@@ -388,6 +388,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path, model: Path,
         ((lq, tmp_path / "out", "--model", lq / "clip.json"), "clip.json is damaged or no safetensors file"),
         ((lq, tmp_path / "out", "--device", "gpu"), "no device 'gpu'; did you mean cpu? known: cpu, cuda"),
         ((lq, tmp_path / "out", "--model", model, "--execution", "quick"), "no execution 'quick'"),
+        ((lq, tmp_path / "out", "--model", model, "--precision", "float8"), "no precision 'float8'"),
     ):
         done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1, (

@@ -22,13 +22,13 @@ enum { LARGEST_FACTOR = 64 };
 /* One part of an input: its channels start .. start + n of `channels`.
  * frames x positions rows; channels first: x[frame][channel][position], else x[frame][position][channel]. */
 typedef struct {
-    const float *x;
+    const void *x; /* float32, or bfloat16 if `half` */
     int64_t frames, positions, channels, start, n;
     int32_t channels_first, signs_first; /* signs before the rotation (linear layers), or after it (convolutions) */
     const float *signs;                  /* n values of +-1/sqrt(n), or NULL: not rotated */
     const float *factors;                /* the factor matrices one after another, each of size s stored so that out[i] = sum h[i*s+j] in[j] */
     const int32_t *sizes;
-    int32_t count;
+    int32_t count, half;
 } Part;
 
 static void butterflies(vec *t, int64_t n, int64_t inner) {
@@ -88,27 +88,44 @@ static void dense(vec *t, int64_t n, int64_t inner, int s, const float *h) {
         product(t, n, inner, s, h, 8);
 }
 
-/* All channels of up to 16 positions, rotated. Lanes beyond `width` repeat the first position: they change no range. */
-static void load(const Part *p, int64_t frame, int64_t first, int width, vec *t) {
+/* A value, and 16 side by side, of an input. */
+static inline __attribute__((always_inline)) float one(const Part *p, int64_t at, int half) {
+    return half ? widened_one(((const uint16_t *)p->x)[at]) : ((const float *)p->x)[at];
+}
+static inline __attribute__((always_inline)) vec sixteen(const Part *p, int64_t at, int half) {
+    return half ? widened(*(const hvec_load *)((const uint16_t *)p->x + at)) : (vec) * (const vec_load *)((const float *)p->x + at);
+}
+
+/* All channels of up to 16 positions. Lanes beyond `width` repeat the first position: they change no range. */
+static inline __attribute__((always_inline)) void read(const Part *p, int64_t frame, int64_t first, int width, vec *t, int half) {
     const int64_t n = p->n;
     if (p->channels_first) {
-        const float *x = p->x + (frame * p->channels + p->start) * p->positions + first;
-        for (int64_t c = 0; c < n; c++, x += p->positions) {
+        int64_t at = (frame * p->channels + p->start) * p->positions + first;
+        for (int64_t c = 0; c < n; c++, at += p->positions) {
             if (width == LANES)
-                t[c] = (vec) * (const vec_load *)x;
+                t[c] = sixteen(p, at, half);
             else
-                for (int l = 0; l < LANES; l++) ((float *)&t[c])[l] = x[l < width ? l : 0];
+                for (int l = 0; l < LANES; l++) t[c][l] = one(p, at + (l < width ? l : 0), half);
         }
     } else {
-        const float *x = p->x + (frame * p->positions + first) * p->channels + p->start;
+        const int64_t at = (frame * p->positions + first) * p->channels + p->start;
         int64_t c = 0;
         for (; c + 16 <= n; c += 16) {
-            for (int l = 0; l < LANES; l++) t[c + l] = (vec) * (const vec_load *)(x + (l < width ? l : 0) * p->channels + c);
+            for (int l = 0; l < LANES; l++) t[c + l] = sixteen(p, at + (l < width ? l : 0) * p->channels + c, half);
             transpose(t + c);
         }
         for (; c < n; c++)
-            for (int l = 0; l < LANES; l++) ((float *)&t[c])[l] = x[(l < width ? l : 0) * p->channels + c];
+            for (int l = 0; l < LANES; l++) t[c][l] = one(p, at + (l < width ? l : 0) * p->channels + c, half);
     }
+}
+
+/* The same, rotated. */
+static void load(const Part *p, int64_t frame, int64_t first, int width, vec *t) {
+    const int64_t n = p->n;
+    if (p->half)
+        read(p, frame, first, width, t, 1);
+    else
+        read(p, frame, first, width, t, 0);
     if (!p->signs) return;
     if (p->signs_first)
         for (int64_t c = 0; c < n; c++) t[c] *= p->signs[c];

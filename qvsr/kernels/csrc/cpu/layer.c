@@ -90,10 +90,11 @@ typedef struct {
 
 /* What else an output is made of: bias[n] + sum over r of thin[m][r] * up[r][n]; bias may be NULL, rank 0: no branch. */
 typedef struct {
-    float *out;
+    void *out; /* float32, or bfloat16 if `half` */
     int64_t ld;
     const float *bias, *thin, *up;
     int64_t rank, ld_up;
+    int32_t half;
 } Output;
 
 static inline vec get(const float *p, int n) {
@@ -108,6 +109,13 @@ static inline void put(float *p, vec v, int n) {
         *(vec_load *)p = v;
     else
         memcpy(p, &v, sizeof(float) * (size_t)n);
+}
+
+static inline void put_half(uint16_t *p, hvec v, int n) {
+    if (n >= LANES)
+        *(hvec_load *)p = v;
+    else
+        memcpy(p, &v, sizeof(uint16_t) * (size_t)n);
 }
 
 /* `count` rows from m, n <= 16 columns from `first`; their sums start at row sums_row and column sums_first, `up` at column up_first.
@@ -140,7 +148,13 @@ static inline __attribute__((always_inline)) void finish_rows(const Output *o, c
             y[i] += value * factor;
         }
     }
-    for (int i = 0; i < count; i++) put(o->out + (m + i) * o->ld + first, y[i], n);
+    for (int i = 0; i < count; i++) {
+        const int64_t at = (m + i) * o->ld + first;
+        if (o->half)
+            put_half((uint16_t *)o->out + at, narrowed(y[i]), n);
+        else
+            put((float *)o->out + at, y[i], n);
+    }
 }
 
 /* The same for any number of rows and columns. */

@@ -11,9 +11,24 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float vec_load __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef uint16_t hvec_load __attribute__((vector_size(2 * LANES), aligned(2)));
 
 static inline vec splat(float value) { return value - (vec){0}; }
 static inline vec either(ivec which, vec yes, vec no) { return (vec)(((ivec)yes & which) | ((ivec)no & ~which)); }
+
+/* bfloat16 is the upper half of float32. */
+static inline vec widened(hvec v) { return (vec)(__builtin_convertvector(v, uvec) << 16); }
+static inline float widened_one(uint16_t v) {
+    const union { uint32_t bits; float value; } one = {(uint32_t)v << 16};
+    return one.value;
+}
+
+/* To bfloat16: to the nearest, in the middle to the even one; NaN stays NaN. */
+static inline hvec narrowed(vec v) {
+    const uvec u = (uvec)v, up = u + 0x7fff + ((u >> 16) & 1);
+    return __builtin_convertvector(((uvec)(v != v) & 0x7fc00000u) >> 16 | (up & (uvec)(v == v)) >> 16, hvec);
+}
 
 /* a * b + c, rounded once where the processor can. */
 static inline vec fused(vec a, vec b, vec c) {
