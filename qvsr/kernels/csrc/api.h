@@ -40,6 +40,9 @@ enum QvsrDtype { QVSR_FLOAT32 = 0, QVSR_FLOAT16 = 1, QVSR_BFLOAT16 = 2 };
 // How weights lie in memory. The first three feed the 8-bit MMA; the number is the bits that a weight takes.
 enum QvsrForm { QVSR_NIBBLES = 1, QVSR_BYTES_4 = 4, QVSR_BYTES_6 = 6, QVSR_BYTES_8 = 8 };
 
+// Tiles of a block. The last two are channels by 128 rows, by wgmma: on 9.0 only.
+enum QvsrTile { QVSR_TILE_64 = 64, QVSR_TILE_128 = 128, QVSR_TILE_256 = 256, QVSR_WGMMA_128 = 1128, QVSR_WGMMA_256 = 1256 };
+
 // A part of the input channels, with integers and ranges of its own.
 struct QvsrPart {
     const uint8_t *q;          // rows (matmul) or pixels (conv, channels last): K values, one a byte, or with QVSR_NIBBLES two a byte

@@ -127,6 +127,7 @@ struct Machine {
     Thread scheduler;
     std::function<void()> body;
     unsigned char* shared = nullptr;
+    unsigned char* fenced = nullptr;  // shared memory as wgmma sees it: what a thread copied is here after its fence.proxy.async
     size_t shared_bytes = 0;
     unsigned waiting = 0;  // at the block's barrier
     bool failed = false;
@@ -274,6 +275,7 @@ inline T& own() {
 
 inline int lane() { return current->lane; }
 inline unsigned char* shared() { return machine.shared; }
+inline unsigned char* fenced(const void* at) { return machine.fenced + (static_cast<const unsigned char*>(at) - machine.shared); }
 
 inline std::string waiting_text() {
     std::vector<std::pair<std::string, int>> groups;
@@ -350,6 +352,8 @@ inline cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, std::function
     m.random = m.seed * 2654435761u | 1;
     std::unique_ptr<unsigned char, decltype(&free)> memory(static_cast<unsigned char*>(aligned_alloc(CANARY, (shared_bytes + 3 * CANARY - 1) / CANARY * CANARY)), free);
     m.shared = memory.get() + CANARY;
+    std::vector<unsigned char> fenced(shared_bytes);
+    m.fenced = fenced.data();
     std::vector<int> places(blocks);
     for (size_t i = 0; i < blocks; ++i) places[i] = int(i);
     shuffle(places);
@@ -358,6 +362,7 @@ inline cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, std::function
         memset(memory.get(), GUARD, CANARY);
         memset(m.shared, POISON, shared_bytes);
         memset(m.shared + shared_bytes, GUARD, CANARY);
+        memset(m.fenced, POISON, shared_bytes);
 #if defined(__SANITIZE_ADDRESS__)
         ASAN_POISON_MEMORY_REGION(memory.get(), CANARY);
         ASAN_POISON_MEMORY_REGION(m.shared + shared_bytes, CANARY);
@@ -520,8 +525,17 @@ inline float __half2float(__half value) {
 
 // ---------------------------------------------------------------- what launchers use
 
-enum { cudaMemcpyDeviceToDevice = 3 };
+enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+enum { cudaStreamNonBlocking = 1 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaMalloc(void** at, size_t bytes) { return *at = malloc(bytes), cudaSuccess; }
+inline cudaError_t cudaFree(void* at) { return free(at), cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return *stream = nullptr, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) { return *status = cudaStreamCaptureStatusNone, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) { return memset(at, value, bytes), cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) { return memcpy(to, from, bytes), cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t code) {

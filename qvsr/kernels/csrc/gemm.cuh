@@ -224,6 +224,14 @@ __device__ __forceinline__ float wide_sum(uint32_t products, int total, float z,
     return fmaf(-z, float(second), float(first));
 }
 
+// The sum of (q - z) (w - v) of a row and an output channel. `centre` is the sum of w - v over all taps; `weights` the sum of w over the row's, which
+// is read where the row is at a border, or 32 bits are not enough.
+__device__ __forceinline__ float corrected(uint32_t products, const Row& row, float v, uint32_t centre, int weights, bool border, bool narrow) {
+    const uint32_t low = uint32_t(int(v)), middle = border ? uint32_t(weights) - low * uint32_t(row.inputs) : centre;
+    if (!narrow) return wide_sum(products, row.total, row.zero, weights, v, row.inputs);
+    return float(int(products - low * uint32_t(row.total) - uint32_t(int(row.zero)) * middle));
+}
+
 __device__ __forceinline__ void store(const Gemm& g, int m, int n, float first, float second) {
     if (m >= g.M || n >= g.N) return;
     const int64_t at = int64_t(m) * g.N + n;
@@ -247,6 +255,21 @@ __device__ __forceinline__ void store(const Gemm& g, int m, int n, float first, 
     if (g.pairs) return void(*reinterpret_cast<uint32_t*>(out) = low | high << 16);
     out[0] = uint16_t(low);
     if (both) out[1] = uint16_t(high);
+}
+
+// RANKS of the low-rank branch of a block's rows and channels, from `first` on, into shared memory; zeros beyond.
+template <class T>
+__device__ __forceinline__ void load_branch(const Gemm& g, float* thin, float* up, int64_t first, int first_row, int first_channel) {
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < T::RANKS * (T::ROWS + T::COLUMNS); i += T::THREADS) {
+        const int r = i % T::RANKS, place = i / T::RANKS;
+        const bool of_thin = place < T::ROWS;
+        const int line = of_thin ? first_row + place : first_channel + place - T::ROWS;
+        const bool inside = first + r < g.rank && line < (of_thin ? g.M : g.N);
+        const float value = inside ? __ldg((of_thin ? g.thin : g.up) + line * g.rank + first + r) : 0.0f;
+        (of_thin ? thin + r * (T::ROWS + 4) + place : up + r * (T::COLUMNS + 4) + place - T::ROWS)[0] = value;
+    }
+    __syncthreads();
 }
 
 // Bytes of shared memory: the stages, whose place the low-rank branch takes over at the end, the facts, and the sum of the parts where there are
@@ -391,10 +414,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
                 }
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    const uint32_t products = uint32_t(sums[i / 2][n][i % 2 * 2 + c]), v = uint32_t(int(weight_zero[c]));
-                    const uint32_t middle = border ? uint32_t(weights[c]) - v * uint32_t(row.inputs) : centre[c];
-                    float value = float(int(products - v * uint32_t(row.total) - uint32_t(int(row.zero)) * middle));
-                    if (!narrow) value = wide_sum(products, row.total, row.zero, weights[c], weight_zero[c], row.inputs);
+                    const float value = corrected(uint32_t(sums[i / 2][n][i % 2 * 2 + c]), row, weight_zero[c], centre[c], weights[c], border, narrow);
                     float& to = result[i / 2][n][i % 2 * 2 + c];
                     float* const place = kept + ((i / 2 * NT + n) * 4 + i % 2 * 2 + c) * T::THREADS;
                     if (!T::KEPT) to = round == 0 ? 0.0f : *place;
@@ -410,16 +430,7 @@ __device__ __forceinline__ void compute(const Gemm& g) {
     float* thin = reinterpret_cast<float*>(memory);  // RANKS rows, a few values longer than the tile: then writing has no conflicts of banks
     float* up = thin + T::RANKS * (T::ROWS + 4);
     for (int64_t first = 0; first < g.rank; first += T::RANKS) {
-        __syncthreads();
-        for (int i = int(threadIdx.x); i < T::RANKS * (T::ROWS + T::COLUMNS); i += T::THREADS) {
-            const int r = i % T::RANKS, place = i / T::RANKS;
-            const bool of_thin = place < T::ROWS;
-            const int line = of_thin ? first_row + place : first_channel + place - T::ROWS;
-            const bool inside = first + r < g.rank && line < (of_thin ? g.M : g.N);
-            const float value = inside ? __ldg((of_thin ? g.thin : g.up) + line * g.rank + first + r) : 0.0f;
-            (of_thin ? thin + r * (T::ROWS + 4) + place : up + r * (T::COLUMNS + 4) + place - T::ROWS)[0] = value;
-        }
-        __syncthreads();
+        load_branch<T>(g, thin, up, first, first_row, first_channel);
 #pragma unroll 2
         for (int r = 0; r < T::RANKS; ++r) {
             float x[NT][2];

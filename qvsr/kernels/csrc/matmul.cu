@@ -59,7 +59,7 @@
 //     20480 x  320 x 1280       5        8.5       15.8 / 15.7      the result
 //      1280 x 1280 x 5120       5        8.5        5.9 /  4.9      operations
 //         1 x 1280 x 1280      14        0.0        0.5 /  0.2      the launch
-#include "gemm.cuh"
+#include "hopper.cuh"
 
 namespace qvsr {
 namespace {
@@ -74,7 +74,8 @@ int check_layer(const QvsrPart* parts, const QvsrLayer* layer, const Window& win
     if (l.weight_bits < 2 || l.weight_bits > 8) return QVSR_BITS;
     if (!is_form(l.form) || l.weight_bits > (l.form == QVSR_NIBBLES ? 4 : l.form) || (l.form == QVSR_NIBBLES && l.arch >= 90)) return QVSR_FORM;
     if (l.dtype < QVSR_FLOAT32 || l.dtype > QVSR_BFLOAT16) return QVSR_DTYPE;
-    if ((l.tile != 0 && l.tile != 64 && l.tile != 128 && l.tile != 256) || l.splits < 0) return QVSR_TILE;
+    const bool by_wgmma = l.arch == 90 && (l.tile == QVSR_WGMMA_128 || l.tile == QVSR_WGMMA_256);
+    if ((l.tile != 0 && l.tile != 64 && l.tile != 128 && l.tile != 256 && !by_wgmma) || l.splits < 0) return QVSR_TILE;
     if (l.N < 0 || l.N > INT32_MAX - 128 || l.rank < 0 || l.rank > INT32_MAX || l.workspace_bytes < 0) return QVSR_SIZE;
     if (l.rank && (!l.thin || !l.up)) return QVSR_BRANCH;
     if (!l.out) return QVSR_NULL;
@@ -115,7 +116,7 @@ Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps) {
     if (plan.tile == 0) plan.tile = small < std::min(wide, large) ? 64 : wide < large && !is_short ? 256 : 128;
     if (plan.tile == 256 && !room) plan.tile = 128;
     if (layer.arch < 80) plan.tile = 64;
-    if (plan.tile > 64 || !layer.workspace) return plan;
+    if (plan.tile == QVSR_WGMMA_128 || plan.tile > 64 || !layer.workspace) return plan;
     const int64_t count = ceil_div(M, 64) * ceil_div(N, 64);
     const int64_t bytes = ceil_div(count, 4) * 16 + count * layer.parts * Small::SUMS * Small::THREADS * int64_t(sizeof(int));
     const int64_t wanted = layer.splits ? layer.splits : count >= 2 * units ? 1 : std::min(4 * units / count, steps / 4);
@@ -133,6 +134,18 @@ int start(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
         case QVSR_BYTES_4: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_4>, grid, block, shared_bytes<T, QVSR_BYTES_4>(g.parts), stream, g);
         case QVSR_BYTES_6: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_6>, grid, block, shared_bytes<T, QVSR_BYTES_6>(g.parts), stream, g);
         default: return QVSR_LAUNCH(gemm<T, QVSR_BYTES_8>, grid, block, shared_bytes<T, QVSR_BYTES_8>(g.parts), stream, g);
+    }
+}
+
+template <class T>
+int start_by_wgmma(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
+    const int64_t tiles = ceil_div(g.M, T::ROWS) * ceil_div(g.N, T::COLUMNS);
+    if (tiles > INT32_MAX) return QVSR_SIZE;
+    const dim3 grid(unsigned(tiles), unsigned(plan.splits)), block(T::THREADS);
+    switch (form) {
+        case QVSR_BYTES_4: return QVSR_LAUNCH(gemm_by_wgmma<T, QVSR_BYTES_4>, grid, block, bytes_by_wgmma<T, QVSR_BYTES_4>(g.parts), stream, g);
+        case QVSR_BYTES_6: return QVSR_LAUNCH(gemm_by_wgmma<T, QVSR_BYTES_6>, grid, block, bytes_by_wgmma<T, QVSR_BYTES_6>(g.parts), stream, g);
+        default: return QVSR_LAUNCH(gemm_by_wgmma<T, QVSR_BYTES_8>, grid, block, bytes_by_wgmma<T, QVSR_BYTES_8>(g.parts), stream, g);
     }
 }
 
@@ -168,6 +181,8 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
     const Plan plan = choose(l, M, l.N, steps);
     g.tickets = static_cast<int*>(l.workspace);
     g.partial = g.tickets + ceil_div(ceil_div(M, Small::ROWS) * ceil_div(l.N, Small::COLUMNS), 4) * 4;
+    if (plan.tile == QVSR_WGMMA_256) return start_by_wgmma<Wide9>(g, l.form, plan, stream);
+    if (plan.tile == QVSR_WGMMA_128) return start_by_wgmma<Large9>(g, l.form, plan, stream);
     if (plan.tile == 256) return start<Wide>(g, l.form, plan, stream);
     return plan.tile == 128 ? start<Large>(g, l.form, plan, stream) : start<Small>(g, l.form, plan, stream);
 }

@@ -28,14 +28,25 @@ namespace qvsr {
 // Times that lanes of one phase of ldmatrix met in a bank; a test reads it.
 inline long long bank_conflicts = 0;
 
-// What cp.async of one thread has under way. A copy arrives at the last moment that is allowed: when its thread waits for it. Until then its
-// place holds 0xFF, so that a wait that is missing or too weak spoils the result.
-struct Copies {
+// What one thread has under way. A copy of cp.async arrives at the last moment that is allowed: when its thread waits for it. Until then its
+// place holds 0xFF, so that a wait that is missing or too weak spoils the result. Products of wgmma (wgmma.cuh) read and write when their thread
+// waits for them.
+struct Underway {
     struct Copy {
         void* to;
         const void* from;  // null: zeros
     };
-    std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);
+    struct Product {
+        int* sums;
+        const uint32_t* a;
+        uint64_t b;
+        int columns;
+    };
+    std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);  // the last is still open
+    std::vector<void*> arrived;                                                  // since the last fence.proxy.async
+    std::vector<std::vector<Product>> products = std::vector<std::vector<Product>>(1);
+    std::vector<std::pair<int*, std::vector<int>>> sums;  // of the products under way, whose registers hold nonsense
+    bool ordered = false;                                  // wgmma.fence since the last group
 };
 
 #endif
@@ -151,8 +162,9 @@ __device__ __forceinline__ void copy_async(unsigned char* to, const void* from, 
     *reinterpret_cast<uint4*>(to) = inside ? __ldg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
 #elif defined(QVSR_EMULATE)
     if (reinterpret_cast<uintptr_t>(to) % 16 || (inside && reinterpret_cast<uintptr_t>(from) % 16)) emulate::fail("cp.async that is not aligned to 16 bytes");
-    emulate::own<Copies>().groups.back().push_back({to, inside ? from : nullptr});
+    emulate::own<Underway>().groups.back().push_back({to, inside ? from : nullptr});
     memset(to, 0xFF, 16);
+    memset(emulate::fenced(to), 0xFF, 16);
 #else
     const auto address = uint32_t(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(inside ? 16 : 0) : "memory");
@@ -162,7 +174,7 @@ __device__ __forceinline__ void copy_async(unsigned char* to, const void* from, 
 // The copies since the last call become a group.
 __device__ __forceinline__ void close_group() {
 #ifdef QVSR_EMULATE
-    emulate::own<Copies>().groups.emplace_back();
+    emulate::own<Underway>().groups.emplace_back();
 #elif QVSR_TARGET >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -172,12 +184,14 @@ __device__ __forceinline__ void close_group() {
 template <int NEWEST>
 __device__ __forceinline__ void wait_groups() {
 #ifdef QVSR_EMULATE
-    auto& groups = emulate::own<Copies>().groups;  // the last is still open
-    while (groups.size() > NEWEST + 1) {
-        for (const auto& copy : groups.front())
+    auto& own = emulate::own<Underway>();
+    while (own.groups.size() > NEWEST + 1) {
+        for (const auto& copy : own.groups.front()) {
             if (copy.from) memcpy(copy.to, copy.from, 16);
             else memset(copy.to, 0, 16);
-        groups.erase(groups.begin());
+            own.arrived.push_back(copy.to);
+        }
+        own.groups.erase(own.groups.begin());
     }
 #elif QVSR_TARGET >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");

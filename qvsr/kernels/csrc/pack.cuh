@@ -36,22 +36,39 @@ __host__ __device__ constexpr int64_t padded_bytes(int64_t K, int form) { return
 __host__ __device__ constexpr int64_t interval(int64_t lo, int64_t hi) { return hi * (hi + 1) / 2 + lo; }
 __host__ __device__ constexpr int64_t intervals(int64_t kernel) { return kernel * (kernel + 1) / 2; }
 
+// A lane's share of a tile in shared memory, as it lies there.
+template <int FORM>
+struct Share {
+    static constexpr int WORDS = FORM == QVSR_BYTES_4 ? 2 : FORM == QVSR_BYTES_6 ? 3 : 4;
+    uint32_t word[WORDS];
+
+    __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
+        if constexpr (WORDS == 4) {
+            const uint4 all = reinterpret_cast<const uint4*>(tile)[lane];
+            word[0] = all.x, word[1] = all.y, word[2] = all.z, word[3] = all.w;
+        } else {
+            const uint2 low = reinterpret_cast<const uint2*>(tile)[lane];
+            word[0] = low.x, word[1] = low.y;
+            if constexpr (WORDS == 3) word[2] = reinterpret_cast<const uint32_t*>(tile + 32 * sizeof(uint2))[lane];
+        }
+    }
+
+    // Register r, 0 to 3, of the tile.
+    __device__ __forceinline__ uint32_t widened(int r) const {
+        if constexpr (WORDS == 4) return word[r];
+        const uint32_t low = word[r / 2] >> r % 2 * 4 & 0x0f0f0f0f;
+        if constexpr (WORDS == 2) return low;
+        return low | ((r < 2 ? word[WORDS - 1] << (4 - 2 * r) : word[WORDS - 1] >> (2 * r - 4)) & 0x30303030);
+    }
+};
+
 // A lane's four registers of a tile in shared memory.
 template <int FORM>
 __device__ __forceinline__ void load_tile(uint32_t (&b)[4], const unsigned char* tile, int lane) {
-    if constexpr (FORM == QVSR_BYTES_8 || FORM == QVSR_NIBBLES) {
-        const uint4 all = reinterpret_cast<const uint4*>(tile)[lane];
-        b[0] = all.x, b[1] = all.y, b[2] = all.z, b[3] = all.w;
-    } else {
-        const uint2 low = reinterpret_cast<const uint2*>(tile)[lane];
-        b[0] = low.x & 0x0f0f0f0f, b[1] = low.x >> 4 & 0x0f0f0f0f;
-        b[2] = low.y & 0x0f0f0f0f, b[3] = low.y >> 4 & 0x0f0f0f0f;
-        if constexpr (FORM == QVSR_BYTES_6) {
-            const uint32_t high = reinterpret_cast<const uint32_t*>(tile + 32 * sizeof(uint2))[lane];
-            b[0] |= high << 4 & 0x30303030, b[1] |= high << 2 & 0x30303030;
-            b[2] |= high & 0x30303030, b[3] |= high >> 2 & 0x30303030;
-        }
-    }
+    Share<FORM> share;
+    share.load(tile, lane);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) b[r] = share.widened(r);
 }
 
 }  // namespace qvsr
