@@ -32,7 +32,7 @@ enum QvsrCode {            // code: what is wrong
     QVSR_GROUP = -10,      // scales a pixel with a kernel of more than one tap, or a group that is not positive
     QVSR_BRANCH = -11,     // a rank without thin and up
     QVSR_ARCH = -12,       // compute capability below 7.5
-    QVSR_TILE = -13,       // no such tile, or a negative number of splits
+    QVSR_TILE = -13,       // no such tile on this chip, or a negative number of splits
 };
 
 enum QvsrDtype { QVSR_FLOAT32 = 0, QVSR_FLOAT16 = 1, QVSR_BFLOAT16 = 2 };
@@ -40,8 +40,16 @@ enum QvsrDtype { QVSR_FLOAT32 = 0, QVSR_FLOAT16 = 1, QVSR_BFLOAT16 = 2 };
 // How weights lie in memory. The first three feed the 8-bit MMA; the number is the bits that a weight takes.
 enum QvsrForm { QVSR_NIBBLES = 1, QVSR_BYTES_4 = 4, QVSR_BYTES_6 = 6, QVSR_BYTES_8 = 8 };
 
-// Tiles of a block. The last two are channels by 128 rows, by wgmma: on 9.0 only.
+// A block's tile: 64 x 64, 128 x 128, and 256 rows x 128 channels by mma.sync; 128 rows x 128 and 256 channels by wgmma, on 9.0 only.
 enum QvsrTile { QVSR_TILE_64 = 64, QVSR_TILE_128 = 128, QVSR_TILE_256 = 256, QVSR_WGMMA_128 = 1128, QVSR_WGMMA_256 = 1256 };
+
+// What is known of wgmma on a device: it has to give the bytes of mma.sync once, on the device itself, before it is used.
+enum QvsrWgmma {
+    QVSR_WGMMA_UNKNOWN = 0,   // nothing has been computed there yet that could use it, or the chip has none
+    QVSR_WGMMA_USED = 1,      //
+    QVSR_WGMMA_DIFFERS = -15, // it gave other sums: mma.sync is used
+    QVSR_WGMMA_FAILED = -16,  // it could not be started, or failed: mma.sync is used
+};
 
 // A part of the input channels, with integers and ranges of its own.
 struct QvsrPart {
@@ -68,7 +76,7 @@ struct QvsrLayer {
     int32_t arch;            // 10 * major + minor of the device
     int32_t multiprocessors; // of the device, for the choice of tiles; 0: unknown
     int32_t dtype;           // QvsrDtype of out
-    int32_t tile;            // 0: chosen by size; 64, 128, or 256 (x 128): a block's tile; a smaller one where it does not fit
+    int32_t tile;            // 0: chosen by size; or QvsrTile; a smaller one where it does not fit
     int32_t splits;          // 0: chosen by size; how many blocks share the sum of a tile, as far as the workspace goes
     int64_t rank;            // 0: no low-rank branch
     void *out;               // (M, N), contiguous
@@ -110,3 +118,6 @@ QVSR_API int qvsr_prepare(const uint8_t *q, int64_t rows, int64_t K, int form, u
 QVSR_API int64_t qvsr_workspace_bytes(int multiprocessors, int parts);
 QVSR_API int qvsr_matmul(const QvsrPart *parts, const QvsrLayer *layer, int64_t M, cudaStream_t stream);
 QVSR_API int qvsr_conv(const QvsrPart *parts, const QvsrLayer *layer, const QvsrWindow *window, cudaStream_t stream);
+
+// QvsrWgmma of the current device. qvsr_message has words for those below zero, which are worth a warning.
+QVSR_API int qvsr_wgmma();

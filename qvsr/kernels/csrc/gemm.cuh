@@ -466,6 +466,12 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS) gemm(const __grid_const
     if constexpr (possible<T, FORM>()) compute<T, FORM>(g);
 }
 
+// Rows one after the other, as a convolution of one tap.
+inline Window window_of_rows(int64_t M) {
+    const int rows = int(std::min<int64_t>(M, INT32_MAX));
+    return {{1, 1, rows}, {1, 1, rows}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+}
+
 // Checks what is the same for both operators, chooses tiles and splits, and starts the kernel; in matmul.cu.
 int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& window, int64_t M, cudaStream_t stream);
 

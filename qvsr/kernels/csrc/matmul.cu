@@ -59,7 +59,7 @@
 //     20480 x  320 x 1280       5        8.5       15.8 / 15.7      the result
 //      1280 x 1280 x 5120       5        8.5        5.9 /  4.9      operations
 //         1 x 1280 x 1280      14        0.0        0.5 /  0.2      the launch
-#include "hopper.cuh"
+#include "hopper.h"
 
 namespace qvsr {
 namespace {
@@ -98,29 +98,38 @@ constexpr int64_t MAX_SPLITS = 256;  // times the steps it stays far below 2^31
 // Shared memory that a block may have, of the chips that have more than all others from 8.0 on.
 int64_t shared_memory(int arch) { return arch == 90 || arch / 10 == 10 ? 227 << 10 : arch == 80 || arch == 87 ? 163 << 10 : 99 << 10; }
 
-struct Plan {
-    int tile, splits;
-};
-
 // Which tile, and how many blocks share one: the rounds that all blocks take, times what a tile costs. A large tile reads each byte half as often
 // from the caches and from shared memory as a small one, which fills the multiprocessors better, and where sums are short one block multiplies
 // while another stores. What they cost is a guess (Small 1.25 of a quarter of Large, or as much where sums are short; Wide 0.85 of two Large), and so
-// are four small blocks a multiprocessor with four steps or more for each.
-Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps) {
+// are four small blocks a multiprocessor with four steps or more for each. By wgmma a tile costs the bytes that it copies a step: hopper.h says why.
+Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps, bool by_wgmma) {
     const int64_t units = layer.multiprocessors > 0 ? layer.multiprocessors : 64;
-    const auto rounds = [&](int64_t rows, int64_t columns) { return double(ceil_div(ceil_div(M, rows) * ceil_div(N, columns), units)); };
+    const auto tiles = [&](int64_t rows, int64_t columns) { return ceil_div(M, rows) * ceil_div(N, columns); };
+    const auto rounds = [&](int64_t rows, int64_t columns) { return double(ceil_div(tiles(rows, columns), units)); };
+    // As many blocks for a sum as are asked for, or as fill the multiprocessors `blocks` times with `least` steps or more for each; if there is room.
+    const auto splits = [&](int64_t count, int64_t filled, int64_t blocks, int64_t least, int64_t sums) {
+        const int64_t bytes = ceil_div(tiles(64, 64), 4) * 16 + count * layer.parts * sums * int64_t(sizeof(int));
+        const int64_t wanted = layer.splits ? layer.splits : count >= filled * units ? 1 : std::min(blocks * units / count, steps / least);
+        const bool room = layer.workspace && bytes <= layer.workspace_bytes;
+        return room ? int(std::max<int64_t>(1, std::min({wanted, steps, MAX_SPLITS}))) : 1;
+    };
     const bool is_short = steps < 16;
     const double wide = 6.8 * rounds(256, 128), large = 4.0 * rounds(128, 128), small = (is_short ? 1.0 : 1.25) * rounds(64, 64);
     const bool room = shared_bytes<Wide, QVSR_BYTES_8>(layer.parts) <= shared_memory(layer.arch);
     Plan plan{layer.tile, 1};
+    const int splits_by_wgmma = splits(tiles(128, 128), 1, 2, 8, 128 * 128);
+    if (plan.tile == 0 && by_wgmma && M > 64 && N > 64 && 2 * tiles(128, 128) * splits_by_wgmma >= units) {
+        const auto cost = [&](int tile, int columns) { return wgmma_stage_bytes(tile, layer.form) * rounds(128, columns); };
+        plan.tile = cost(QVSR_WGMMA_256, 256) < cost(QVSR_WGMMA_128, 128) && !is_short ? QVSR_WGMMA_256 : QVSR_WGMMA_128;
+    }
+    if (plan.tile == QVSR_WGMMA_256 && wgmma_shared_bytes(plan.tile, layer.form, layer.parts) > shared_memory(90)) plan.tile = QVSR_WGMMA_128;
+    if (plan.tile >= QVSR_WGMMA_128 && !by_wgmma) plan.tile = 128;
+    if (plan.tile == QVSR_WGMMA_128) plan.splits = splits_by_wgmma;
+    if (plan.tile >= QVSR_WGMMA_128) return plan;
     if (plan.tile == 0) plan.tile = small < std::min(wide, large) ? 64 : wide < large && !is_short ? 256 : 128;
     if (plan.tile == 256 && !room) plan.tile = 128;
     if (layer.arch < 80) plan.tile = 64;
-    if (plan.tile == QVSR_WGMMA_128 || plan.tile > 64 || !layer.workspace) return plan;
-    const int64_t count = ceil_div(M, 64) * ceil_div(N, 64);
-    const int64_t bytes = ceil_div(count, 4) * 16 + count * layer.parts * Small::SUMS * Small::THREADS * int64_t(sizeof(int));
-    const int64_t wanted = layer.splits ? layer.splits : count >= 2 * units ? 1 : std::min(4 * units / count, steps / 4);
-    if (bytes <= layer.workspace_bytes) plan.splits = int(std::max<int64_t>(1, std::min({wanted, steps, MAX_SPLITS})));
+    if (plan.tile == 64) plan.splits = splits(tiles(64, 64), 2, 4, 4, Small::SUMS * Small::THREADS);
     return plan;
 }
 
@@ -137,25 +146,9 @@ int start(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
     }
 }
 
-template <class T>
-int start_by_wgmma(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
-    const int64_t tiles = ceil_div(g.M, T::ROWS) * ceil_div(g.N, T::COLUMNS);
-    if (tiles > INT32_MAX) return QVSR_SIZE;
-    const dim3 grid(unsigned(tiles), unsigned(plan.splits)), block(T::THREADS);
-    switch (form) {
-        case QVSR_BYTES_4: return QVSR_LAUNCH(gemm_by_wgmma<T, QVSR_BYTES_4>, grid, block, bytes_by_wgmma<T, QVSR_BYTES_4>(g.parts), stream, g);
-        case QVSR_BYTES_6: return QVSR_LAUNCH(gemm_by_wgmma<T, QVSR_BYTES_6>, grid, block, bytes_by_wgmma<T, QVSR_BYTES_6>(g.parts), stream, g);
-        default: return QVSR_LAUNCH(gemm_by_wgmma<T, QVSR_BYTES_8>, grid, block, bytes_by_wgmma<T, QVSR_BYTES_8>(g.parts), stream, g);
-    }
-}
-
 }  // namespace
 
-int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& window, int64_t M, cudaStream_t stream) {
-    if (M < 0 || M > INT32_MAX - 128) return QVSR_SIZE;
-    if (M == 0 || (layer && layer->N == 0)) return QVSR_OK;
-    if (const int code = check_layer(parts, layer, window)) return code;
-    const QvsrLayer& l = *layer;
+Gemm gemm_of(const QvsrPart* parts, const QvsrLayer& l, const Window& window, int64_t M) {
     Gemm g{};
     g.window = window;
     g.taps = window.kernel[0] * window.kernel[1] * window.kernel[2];
@@ -165,26 +158,40 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
         g.full_box = g.full_box * int(intervals(size)) + int(interval(0, size - 1));
         g.empty_box *= int(intervals(size));
     }
-    int64_t steps = 0;
     for (int i = 0; i < l.parts; ++i) {
         static_cast<QvsrPart&>(g.part[i]) = parts[i];
         g.part[i].width = int(padded_bytes(parts[i].K, l.form));
         g.part[i].rows_a_scale = int(std::min<int64_t>(parts[i].group, INT32_MAX));
         g.part[i].stride = int(parts[i].w_stride), g.part[i].inputs = g.taps * int(parts[i].K);
         g.part[i].tap_steps = int(ceil_div(g.part[i].width, SUM_BYTES));
-        steps += int64_t(g.taps) * g.part[i].tap_steps;
+        g.steps += g.taps * g.part[i].tap_steps;
     }
     g.M = int(M), g.N = int(l.N), g.columns = int(ceil_div(l.N, TILE_CHANNELS)), g.rank = l.rank, g.out = l.out, g.bias = l.bias, g.thin = l.thin, g.up = l.up;
     g.weight_top = float((1 << l.weight_bits) - 1);
-    g.parts = l.parts, g.steps = int(steps), g.dtype = l.dtype;
+    g.parts = l.parts, g.dtype = l.dtype;
     g.pairs = l.N % 2 == 0 && aligned(l.out, l.dtype == QVSR_FLOAT32 ? 8 : 4);
-    const Plan plan = choose(l, M, l.N, steps);
     g.tickets = static_cast<int*>(l.workspace);
     g.partial = g.tickets + ceil_div(ceil_div(M, Small::ROWS) * ceil_div(l.N, Small::COLUMNS), 4) * 4;
-    if (plan.tile == QVSR_WGMMA_256) return start_by_wgmma<Wide9>(g, l.form, plan, stream);
-    if (plan.tile == QVSR_WGMMA_128) return start_by_wgmma<Large9>(g, l.form, plan, stream);
-    if (plan.tile == 256) return start<Wide>(g, l.form, plan, stream);
-    return plan.tile == 128 ? start<Large>(g, l.form, plan, stream) : start<Small>(g, l.form, plan, stream);
+    return g;
+}
+
+int start_plan(const Gemm& g, int form, const Plan& plan, cudaStream_t stream) {
+    switch (plan.tile) {
+        case QVSR_WGMMA_128:
+        case QVSR_WGMMA_256: return start_by_wgmma(g, form, plan, stream);
+        case 256: return start<Wide>(g, form, plan, stream);
+        case 128: return start<Large>(g, form, plan, stream);
+        default: return start<Small>(g, form, plan, stream);
+    }
+}
+
+int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& window, int64_t M, cudaStream_t stream) {
+    if (M < 0 || M > INT32_MAX - 128) return QVSR_SIZE;
+    if (M == 0 || (layer && layer->N == 0)) return QVSR_OK;
+    if (const int code = check_layer(parts, layer, window)) return code;
+    const Gemm g = gemm_of(parts, *layer, window, M);
+    const bool mma_alone = layer->arch != 90 || layer->tile == 64 || layer->tile == 128 || layer->tile == 256;
+    return start_plan(g, layer->form, choose(*layer, M, layer->N, g.steps, !mma_alone && wgmma_is_right(stream)), stream);
 }
 
 }  // namespace qvsr
@@ -199,8 +206,7 @@ QVSR_API int64_t qvsr_workspace_bytes(int multiprocessors, int parts) {
 }
 
 QVSR_API int qvsr_matmul(const QvsrPart* parts, const QvsrLayer* layer, int64_t M, cudaStream_t stream) {
-    const Window rows{{1, 1, int(std::min<int64_t>(M, INT32_MAX))}, {1, 1, int(std::min<int64_t>(M, INT32_MAX))}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
-    return start_gemm(parts, layer, rows, M, stream);
+    return start_gemm(parts, layer, window_of_rows(M), M, stream);
 }
 
 #ifdef QVSR_EMULATE

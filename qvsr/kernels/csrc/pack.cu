@@ -181,7 +181,9 @@ QVSR_API const char* qvsr_message(int code) {
         case QVSR_GROUP: return "rows that share a scale must be at least 1, and of a kernel with several taps whole frames";
         case QVSR_BRANCH: return "a low-rank branch needs thin and up";
         case QVSR_ARCH: return "compute capability 7.5 or later is needed";
-        case QVSR_TILE: return "tile must be 0, 64, 128 or 256, and splits not negative";
+        case QVSR_TILE: return "tile must be 0, 64, 128 or 256, on 9.0 also 1128 or 1256, and splits not negative";
+        case QVSR_WGMMA_DIFFERS: return "wgmma gave other sums than mma.sync on this device, so mma.sync is used, which is slower";
+        case QVSR_WGMMA_FAILED: return "wgmma could not be tried on this device, so mma.sync is used, which is slower";
         default: return "unknown code";
     }
 }
