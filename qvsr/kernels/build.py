@@ -33,7 +33,7 @@ from typing import Any
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 INTERMEDIATE = (100, 120)  # whose PTX is included: a driver translates it for later chips
-OWN = (90,)  # whose instructions that no other chip has are used (wgmma): built as sm_90a, by a compiler that has it
+OWN = (90,)  # whose instructions that no other chip has are used (wgmma): built as sm_90a, which nvcc has from 12.0 on
 # -fmad=false: float32 operations as they are written, so that ranges are those of the reference; kernels ask for fmaf where they want it
 FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 EMULATED = ("-x", "c++", "-std=c++17", "-O2", "-ffp-contract=off", "-fno-gnu-unique", "-fvisibility=hidden", "-DQVSR_EMULATE", "-fPIC")
@@ -214,10 +214,9 @@ def _runs(process: int) -> bool:
 def _build(nvcc: str, architectures: Sequence[int], into: Path, sources: Path = SOURCES) -> None:
     into.mkdir()
     started = time.monotonic()
-    listed = run([nvcc, "--list-gpu-code"])
-    known = sorted(int(name) for name in re.findall(r"sm_(\d+)\b", listed))
+    known = sorted(int(name) for name in re.findall(r"sm_(\d+)\b", run([nvcc, "--list-gpu-code"])))
     code, ptx = targets(architectures, known)
-    own = [f"{one}a" if one in OWN and f"sm_{one}a" in listed else str(one) for one in code]
+    own = [f"{one}a" if one in OWN and not version_of(nvcc).startswith("V11.") else str(one) for one in code]
     options = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in own]
     options += [f"-gencode=arch=compute_{one},code=compute_{one}" for one in ptx]
     commands = []

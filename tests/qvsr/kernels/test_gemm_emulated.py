@@ -39,6 +39,8 @@ FLAGS = [
     "-fPIC",
 ]
 NIBBLES = 1  # of QvsrForm
+WGMMA = (1128, 1256)  # of QvsrTile
+USED, DIFFERS = 1, -15  # of QvsrWgmma
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator of CUDA needs g++")
 
 Long, Int, Pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
@@ -62,7 +64,7 @@ class Window(ctypes.Structure):
 def build(folder: Path, flags: Sequence[str]) -> Path:
     """The library for the CPU."""
     files, library = [], folder / "emulated.so"
-    for source in ("matmul", "conv", "pack"):
+    for source in ("matmul", "hopper", "conv", "pack"):
         files.append(str(folder / f"{source}.o"))
         subprocess.run(["g++", *FLAGS, *flags, "-c", str(SOURCE / f"{source}.cu"), "-o", files[-1]], check=True)
     subprocess.run(["g++", *flags, "-shared", *files, "-o", str(library)], check=True)
@@ -297,6 +299,15 @@ def test_integers_are_exact(library: ctypes.CDLL, name: str, bits: int) -> None:
         check(library, case, arch=90)
 
 
+@pytest.mark.parametrize("tile", WGMMA)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("name", EXACT)
+def test_integers_are_exact_by_wgmma(library: ctypes.CDLL, name: str, bits: int, tile: int) -> None:
+    case = Case(**{"bits": bits, "weight_bits": bits, "zero": 2.0**bits / 3, "weight_zero": 2.0**bits / 3} | EXACT[name], plain=True)
+    check(library, case, arch=90, tile=tile)
+    assert library.qvsr_wgmma() == USED
+
+
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_width_of_weights(library: ctypes.CDLL, weight_bits: int, bits: int) -> None:
@@ -305,13 +316,14 @@ def test_every_width_of_weights(library: ctypes.CDLL, weight_bits: int, bits: in
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("tile", [64, 128, 256, *WGMMA])
 def test_random_sizes(library: ctypes.CDLL, tile: int, bits: int) -> None:
     for _ in range(3):
         sizes = [int(torch.randint(1, high, ())) for high in (150, 200, 90, 30)]
         two = Case(sizes[2:], size=sizes[:1], outputs=sizes[1], bits=bits, weight_bits=bits, plain=True)
         check(library, two, arch=90, tile=tile)  # the widest tile takes two parts only where there is much shared memory
-        check(library, Case(sizes[2:3], size=sizes[:1], outputs=sizes[1], bits=bits, weight_bits=bits, plain=True), tile=tile)
+        one = Case(sizes[2:3], size=sizes[:1], outputs=sizes[1], bits=bits, weight_bits=bits, plain=True)
+        check(library, one, arch=90 if tile in WGMMA else 80, tile=tile)
 
 
 @pytest.mark.parametrize("k", [33025, 33026, 66051])
@@ -351,7 +363,7 @@ def test_compute_capability_7_5(turing: ctypes.CDLL, name: str, bits: int) -> No
 @pytest.mark.parametrize("ranges", ["tensor", "frame", "token"])
 def test_scales_branch_and_bias(library: ctypes.CDLL, ranges: str, rank: int) -> None:
     case = Case((20, 33), size=(5, 14), outputs=131, ranges=ranges, rank=rank, bias=True)
-    for tile in (64, 128, 256):
+    for tile in (64, 128, 256, *WGMMA):
         check(library, case, arch=90, tile=tile)
 
 
@@ -387,13 +399,64 @@ def test_blocks_that_share_a_sum_give_the_same_bytes(library: ctypes.CDLL, name:
     assert torch.equal(run(library, case, multiprocessors=100), alone)  # splits chosen by size
 
 
+@pytest.mark.parametrize("name", ["one row", "three parts", "conv2d", "conv3d of frames"])
+def test_blocks_that_share_a_sum_by_wgmma_give_the_same_bytes(library: ctypes.CDLL, name: str) -> None:
+    case = Case(**EXACT[name], rank=3, bias=True)
+    alone = run(library, case, tile=64, splits=1)
+    for splits in (1, 2, 3, 100):
+        assert torch.equal(run(library, case, arch=90, tile=1128, splits=splits), alone)
+
+
+@pytest.mark.parametrize("rank", [0, 9])
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_wgmma_gives_the_bytes_of_mma(library: ctypes.CDLL, bits: int, kernel: tuple[int, ...], rank: int) -> None:
+    """Scales, branch and bias come behind the same integers in the same order; sums of several steps in each stage of the ring."""
+    how = {"kernel": kernel, "padding": (1, 1), "size": (2, 8, 9)} if kernel else {"size": (150,)}
+    case = Case((336 if not kernel else 70, 19), **how, outputs=270, bits=bits, weight_bits=bits, rank=rank, bias=True, ranges="frame")
+    expected = run(library, case, arch=90, tile=128)
+    for tile in WGMMA:
+        assert torch.equal(run(library, case, arch=90, tile=tile), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [67, 68])
+def test_wgmma_stores_every_type(library: ctypes.CDLL, outputs: int, dtype: torch.dtype) -> None:
+    case = Case((20,), outputs=outputs)
+    assert torch.equal(run(library, case, arch=90, dtype=dtype, tile=1128), run(library, case, arch=90, dtype=dtype, tile=64))
+
+
+def test_a_large_product_is_by_wgmma_where_the_chip_has_it(library: ctypes.CDLL) -> None:
+    """Seen from outside: the check of the device runs where the choice falls on wgmma, and not elsewhere."""
+    for arch, size, state in ((80, 300, 0), (100, 300, 0), (120, 300, 0), (90, 60, 0), (90, 300, USED)):
+        library.qvsr_emulate_misread(0)  # forget
+        check(library, Case((64,), size=(size,), outputs=130), arch=arch)
+        assert library.qvsr_wgmma() in (state, USED if arch == 90 else state)
+    assert library.qvsr_wgmma() == USED
+
+
+@pytest.mark.parametrize("tile", [0, *WGMMA])
+def test_a_chip_on_which_wgmma_gives_other_sums_uses_mma(library: ctypes.CDLL, tile: int) -> None:
+    case = Case((64,), size=(130,), outputs=130, plain=True)
+    try:
+        library.qvsr_emulate_misread(1)
+        assert library.qvsr_wgmma() == 0
+        check(library, case, arch=90, tile=tile, multiprocessors=1)
+        assert library.qvsr_wgmma() == DIFFERS
+        message = "wgmma gave other sums than mma.sync on this device, so mma.sync is used, which is slower"
+        assert library.qvsr_message(DIFFERS).decode() == message
+    finally:
+        library.qvsr_emulate_misread(0)
+
+
 def test_any_order_of_threads_gives_the_same_bytes(library: ctypes.CDLL) -> None:
     case = Case((70, 9), **CONV, outputs=70, rank=3)
     expected = run(library, case)
     try:
         for order in (1, 2, 3):
             library.qvsr_emulate_seed(order)
-            for choices in ({"tile": 64}, {"tile": 128}, {"tile": 256}, {"tile": 64, "splits": 3}):
+            tiles = [{"tile": tile} for tile in (64, 128, 256, *WGMMA)]
+            for choices in (*tiles, {"tile": 64, "splits": 3}, {"tile": 1128, "splits": 3}):
                 assert torch.equal(run(library, case, arch=90, **choices), expected)
     finally:
         library.qvsr_emulate_seed(0)
@@ -492,7 +555,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "OMP_NUM_THREADS": "1",
     }
-    chosen = "integers_are_exact or every_width or scales_branch or convolution_with or half_precision or share_a_sum or prepared_rows or tiles_and"
+    chosen = "by_wgmma or integers_are_exact or every_width or scales_branch or convolution_with or half_precision or share_a_sum or prepared_rows or tiles_and"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -530,6 +593,8 @@ REFUSED = {
     "rank alone": (changed(rank=3), "a low-rank branch needs thin and up"),
     "7.0": (changed(arch=70), "compute capability 7.5 or later is needed"),
     "tile of 96": (changed(tile=96), "tile must be 0, 64, 128 or 256"),
+    "wgmma on 8.0": (changed(tile=1128), "on 9.0 also 1128 or 1256"),
+    "wgmma on 10.0": (changed(tile=1256, arch=100), "on 9.0 also 1128 or 1256"),
     "negative splits": (changed(splits=-1), "splits not negative"),
 }
 
