@@ -71,6 +71,9 @@ __device__ __forceinline__ void compute_by_wgmma(const Gemm& g) {
     uint32_t first[MT][4], second[MT][4];  // weights of the first and second 32 bytes of a step
     Share<FORM> share[MT][2];
 
+    // All bits, which the assembler cannot know: so that `second` is computed where it is written, and no copy (wgmma.cuh).
+    const uint32_t ones = ~uint32_t(g.parts >> 8);
+
     int step = begin;
     const bool split = T::SPLITS && splits > 1;
     for (int round = 0; round < (split ? 2 * g.parts : g.parts); ++round) {
@@ -109,7 +112,7 @@ __device__ __forceinline__ void compute_by_wgmma(const Gemm& g) {
 #pragma unroll
                 for (int i = 0; i < MT * 2; ++i) changed(share[i / 2][i % 2].word);
 #pragma unroll
-                for (int i = 0; i < MT * 4; ++i) second[i / 4][i % 4] = copied(share[i / 4][i % 2].widened(2 + i % 4 / 2));
+                for (int i = 0; i < MT * 4; ++i) second[i / 4][i % 4] = share[i / 4][i % 2].widened(2 + i % 4 / 2) & ones;
                 wgmma_order();
 #pragma unroll
                 for (int m = 0; m < MT; ++m) wgmma_multiply(sums[m], second[m], b + WGMMA_BYTES / 16);

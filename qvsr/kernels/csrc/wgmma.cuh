@@ -18,6 +18,10 @@
 //
 // The instruction is asynchronous: from wgmma_multiply until wgmma_wait neither `d` nor `a` may be touched, and B must stay. It reads shared memory by
 // another way than threads write it (the asynchronous proxy): who copied says so by fence_for_wgmma, before the barrier.
+//
+// The assembler (ptxas of CUDA 13.0) keeps `d` safe and warns where it cannot, but not `a`: it took a copy for the value itself and let a load write
+// to registers that a product under way still had to read. What is written to `a` must be computed from something else behind the wait, and
+// tests/qvsr/kernels/test_wgmma.py looks for it in the machine code.
 #pragma once
 
 #include "mma.cuh"
@@ -188,17 +192,6 @@ __device__ __forceinline__ void changed(T (&values)[COUNT]) {
 #ifndef QVSR_EMULATE
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
-#endif
-}
-
-// A register of its own with the value of another.
-__device__ __forceinline__ uint32_t copied(uint32_t value) {
-#ifdef QVSR_EMULATE
-    return value;
-#else
-    uint32_t other;
-    asm volatile("mov.b32 %0, %1;" : "=r"(other) : "r"(value));
-    return other;
 #endif
 }
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +188,86 @@ def test_matrices_outside_shared_memory_are_refused(library: ctypes.CDLL) -> Non
     a, b, _ = drawn()
     assert product(library, a, laid_out(b, 64)[: 128 * 64], descriptor(2, 16, 512, 16), 32)[0] == 719
     assert library.qvsr_emulate_error().decode() == "block (0, 0, 0): wgmma reads outside shared memory"
+
+
+# ---------------------------------------------------------------- machine code
+
+
+KERNELS = """
+#include "hopper.cuh"
+namespace qvsr {
+#define QVSR_BOTH(form)                                                                \\
+    template __global__ void gemm_by_wgmma<Wide9, form>(const __grid_constant__ Gemm); \\
+    template __global__ void gemm_by_wgmma<Large9, form>(const __grid_constant__ Gemm);
+QVSR_BOTH(4) QVSR_BOTH(6) QVSR_BOTH(8)
+}
+"""
+
+
+def find_disassembler() -> str | None:
+    """nvdisasm: of the path, beside nvcc, or the one that triton brings."""
+    triton = importlib.util.find_spec("triton")
+    places = [Path(build.find_nvcc() or "nvcc").resolve().parent / "nvdisasm"]
+    places += [Path(place) / "backends/nvidia/bin/nvdisasm" for place in (triton.submodule_search_locations or [] if triton else [])]
+    return shutil.which("nvdisasm") or next((str(place) for place in places if place.is_file()), None)
+
+
+def written_under_way(loop: list[str]) -> list[str]:
+    """Instructions that write to registers which a product that is under way reads (A) or adds to, in a loop that is run twice.
+
+    >>> written_under_way(["IGMMA.64x128x32.U8.U8 R24, R8, gdesc[UR4], R24, gsb0", "MOV R9, R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MOV R8, R1"])
+    ['MOV R9, R1']
+    """
+    found: list[str] = []
+    groups: list[set[int]] = []
+    group: set[int] = set()
+    for line in loop * 2:
+        if product := re.search(r"IGMMA\.64x128x32\.U8\.U8 R(\d+), R(\d+), ", line):
+            d, a = int(product[1]), int(product[2])
+            group |= {*range(d, d + 64), *range(a, a + 4)}
+            if "gsb0" in line:  # the last of its group
+                groups, group = [*groups, group], set()
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line):
+            groups = groups[max(0, len(groups) - int(wait[1])) :]
+        elif write := re.match(r"(?:@!?U?P\d+ )?(\S+) (?:P\d+, )?R(\d+)\b", line):
+            wide = 4 if ".128" in write[1] else 2 if re.search(r"\.64|WIDE|^CS2R$|^DADD|^DMUL", write[1]) else 1
+            if set(range(int(write[2]), int(write[2]) + wide)) & set().union(group, *groups) and line not in found:
+                found.append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What nvcc says of the kernels of csrc/hopper.cuh, and their machine code."""
+    if (nvcc := build.find_nvcc()) is None:
+        pytest.skip("no nvcc here to build the kernels")
+    folder = tmp_path_factory.mktemp("hopper")
+    source, code = folder / "kernels.cu", folder / "kernels.cubin"
+    source.write_text(KERNELS)
+    options = [*build.FLAGS, "-gencode=arch=compute_90a,code=sm_90a", f"-I{build.SOURCES}", "-cubin"]
+    return build.run([nvcc, *options, str(source), "-o", str(code)]), code
+
+
+@pytest.mark.timeout(600)  # nvcc takes half a minute of a core
+def test_the_assembler_runs_products_side_by_side(assembled: tuple[str, Path]) -> None:
+    """It says so where it cannot ("wgmma.mma_async instructions are serialized due to ..."), and where registers go to memory."""
+    assert not re.search(r"serialized|\(C7\d+\)", assembled[0]), assembled[0]
+    kernels = build.kernels_of(assembled[0])
+    assert len(kernels) == 6 and not any(kernel.spill_stores or kernel.spill_loads for kernel in kernels)
+
+
+@pytest.mark.timeout(600)
+def test_no_register_of_a_product_under_way_is_written(assembled: tuple[str, Path]) -> None:
+    """ptxas of CUDA 13.0 let a copy of the weights' registers begin too early once (csrc/wgmma.cuh)."""
+    if (tool := find_disassembler()) is None:
+        pytest.skip("no nvdisasm here to read machine code")
+    text = subprocess.run([tool, str(assembled[1])], capture_output=True, text=True, check=True).stdout
+    functions = [part for part in re.split(r"^\.text\.", text, flags=re.MULTILINE) if "IGMMA" in part]
+    assert len(functions) == 6
+    for function in functions:
+        lines = [found[1] or found[2] for found in re.finditer(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/ +(.*?) *;", function, re.MULTILINE)]
+        products = [index for index, line in enumerate(lines) if "IGMMA" in line]
+        end, label = next((i, found[0]) for i in range(products[-1], len(lines)) if (found := re.search(r"\.L_x_\d+", lines[i])))
+        begin = lines.index(label)
+        assert begin < products[0], "the products are in one loop"
+        assert len(products) in (2, 4) and not written_under_way(lines[begin:end])
