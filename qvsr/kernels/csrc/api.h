@@ -1,8 +1,8 @@
-// The C interface of matmul.cu, conv.cu and pack.cu. Plain pointers and sizes: a loader mirrors the structures with ctypes.
+// The C interface of matmul.cu, hopper.cu, conv.cu and pack.cu. Plain pointers and sizes: a loader mirrors the structures with ctypes.
 //
 // Every function that starts kernels returns 0, a cudaError_t (> 0), or one of the codes below (< 0), which name an argument that is wrong and
 // are found before the device is touched. All pointers are device pointers but for the structures themselves, which are read before the call
-// returns. Kernels run on the given stream and never wait for it.
+// returns. Kernels run on the given stream and never wait for it, but for the first product on a chip of 9.0: see QvsrWgmma.
 //
 // A layer is computed in these steps:
 //

@@ -1,4 +1,64 @@
-// HEAD
+// Products and convolutions by wgmma, on compute capability 9.0: the transposed product y^T = w q^T, so that the weights are the operand in registers.
+//
+//     n                one warpgroup: 64 channels (Wide9: twice), 128 rows                 a step: 64 bytes of k, two instructions deep
+//     |   +-----------------------------+                                                   k 0..31        32..63
+//     v   | warpgroup 0: w m64 .. n128  |   16 channels a warp: two tiles of       +------------+------------+
+//         +-----------------------------+   pack.cuh are its A, widened from       +-------------+-------------+
+//         | warpgroup 1                 |   4 or 6 bits in registers               |  128 rows of q, as place()|  read by wgmma
+//         +-----------------------------+                                          |  lays them                |  through a descriptor
+//          128 rows of the result, m ->                                            +-------------+-------------+
+//
+// Why this way round. wgmma takes A from registers or shared memory, B from shared memory only. With w as A, weights of 4 and 6 bits go from shared
+// memory to registers, are widened there by an AND and a shift for four of them, and are multiplied; no byte of them is written again. With q as A they
+// would have to be widened into shared memory: 16 KB more written and 16 KB read a step of 512 clocks (Wide9), of the 64 KB that can move. And a lane's
+// share of two tiles is A as it is: weights lie in memory as for mma.sync, so that either way can compute any layer.
+//
+// The loop. All eight warps copy and multiply; one barrier a step. The second half of a step is under way while the next one begins:
+//
+//     step i     wait for its copies -> fence.proxy.async -> barrier -> weights to registers
+//                -> multiply the first half -> copy step i + AHEAD into the stage of i - 2 -> wait for the second half of i - 1
+//                -> multiply the second half -> wait for the first half
+//
+// - The barrier says both: everybody's copies are there, and nobody multiplies stage i - 2 any more.
+// - Behind the barrier the tensor cores still have 256 clocks (Wide9; two blocks of Large9: as many) of second halves to do. The loop is about 180
+//   instructions a warp (counted in machine code, the way to another tap included), and two warps share a scheduler: 360 of 512 clocks at most.
+// - Therefore no warps of their own for copies, which would spare the others some 40 of these and cost a handshake over two barriers in memory each
+//   step. What they could do better is to copy for the next tile while one is stored; here Large9's second block does that.
+// - cp.async and no TMA: rows of a convolution are gathered from wherever the tap is, and a tensor map (of the driver's library, one for each call)
+//   could do that only for some windows.
+// - Steps are 64 bytes, not the 128 of the widest swizzle: 320 inputs are five steps. wgmma.cuh says more.
+// - The end: a thread has two neighbouring rows of a channel and changes one of each with the lane of the next channel, so that it stores two channels.
+//
+// Limits, computed and not measured; what an H100 gives is in the head of matmul.cu. m64n128k32 is 524288 operations, 64 clocks at the full rate.
+//
+//                 clocks a step    shared memory, of 128 bytes a clock            caches beyond it, of 24 bytes a clock (5.8 TB/s, a guess)
+//                 at full rate     8-bit weights    6     4                      8-bit weights    6       4
+//     Wide9       512              144              128   112                    48               40      32
+//     Large9      256              160              144   128                    64               56      48
+//
+//     share of the full rate that follows
+//     Wide9                        89 %             100   100                    50 %             60      75
+//     Large9                       80 %             89    100                    38 %             43      50
+//
+// So the second-level cache bounds both, if the guess is right. Wide9 is for long sums; Large9 for short ones, where storing takes as long as
+// multiplying and the second block fills the gap, and where there are few tiles, whose sums blocks can share. 256 x 128 sums are half of all registers:
+// larger tiles there are none. What would help is a cluster of two blocks that send each other half of the weights (a stretch of memory each, so bulk
+// copies would do): 32, 28 and 24 bytes a clock for Wide9, 75 to 100 %.
+//
+// The U-Net's typical shapes; us on an H100: floors as in matmul.cu, and the rounds of tiles on 132 multiprocessors by the clocks above, without what
+// begins and ends a block:
+//
+//     M x N x K (x taps)        operations   bytes W8 / W4    tiles                 products W8 / W4   share of the full rate
+//     20480 x  320 x  320          2.1        9.8 /  9.8      480 Large9              7.5 /  5.6       28 / 38 %, below the bytes of the result
+//      5120 x 5120 x  640         17.0       33.3 / 32.8      1600 Large9            48   / 36         35 / 47
+//      1280 x 10240 x 1280        17.0       20.1 / 18.1      800 Large9             52   / 39         32 / 43
+//     20480 x  320 x  320 x 9     19.1       10.1 /  9.9      480 Large9             67   / 50         28 / 38, the third tile of a row is half empty
+//      5120 x  640 x  640 x 9     19.1        6.0 /  5.4      120 Wide9              50   / 34         38 / 57, as is the third here
+//      1280 x 1280 x 1280 x 9     19.1        6.8 /  4.6      100 Large9             67   / 50         28 / 38, 32 multiprocessors have none
+//
+// Whether it is right. The instructions are emulated from their manual (wgmma.cuh); what was misread there would be wrong here and right in the tests.
+// So the first product on a device that would go this way computes a small one in both ways, and if a byte differs, or nothing runs, all products of
+// that device stay with mma.sync: qvsr_wgmma() says so. A program that the device stops is beyond that.
 #include <atomic>
 #include <vector>
 
@@ -37,6 +97,9 @@ int start_by_wgmma(const Gemm& g, int form, const Plan& plan, cudaStream_t strea
         const int64_t tiles = ceil_div(g.M, T::ROWS) * ceil_div(g.N, T::COLUMNS);
         if (tiles > INT32_MAX) return QVSR_SIZE;
         const dim3 grid(unsigned(tiles), unsigned(plan.splits)), block(T::THREADS);
+#ifndef QVSR_EMULATE  // all of it as shared memory, so that as many blocks as registers allow find room; a wish, whatever comes of it
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(gemm_by_wgmma<T, f()>), cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+#endif
         return QVSR_LAUNCH(gemm_by_wgmma<T, f()>, grid, block, bytes_by_wgmma<T, f()>(g.parts), stream, g);
     });
 }

@@ -34,7 +34,7 @@
 //
 // Chips: 8.0 to 8.9 take the 4-bit MMA (m16n8k64) where both sides have at most 4 bits, and the 8-bit MMA (m16n8k32) otherwise. 7.5 does the same by
 // quarters (m8n8k32, m8n8k16) and copies through registers. 9.0 and later have no 4-bit unit: w is unpacked to bytes. Newer chips take the ways of
-// 9.0, as PTX where there is no binary. wgmma of 9.0 and tcgen05 of 10.0 are not used.
+// 9.0, as PTX where there is no binary. On 9.0 itself large products go through wgmma: hopper.cu. tcgen05 of 10.0 is not used.
 //
 // Limits, counted and not measured. H100: 1979 TOPS of 8 bits, 3.35 TB/s, 132 multiprocessors; an MMA is 8192 operations, so one a clock and
 // multiprocessor at most, which the instruction used here does not reach there (wgmma does; two thirds is a guess). What feeds it:
@@ -44,7 +44,7 @@
 //     Wide        128 (96)                                          11.6 TB/s (9.7)
 //
 // So Large can reach two thirds, and both wait for the second-level cache before that if it gives 5 to 6 TB/s (a guess): half the rate. Keeping more
-// of q and w on the chip, by clusters of blocks or larger tiles for wgmma, is what would lift it. An A100 does half an MMA a clock with the same
+// of q and w on the chip, by clusters of blocks or the larger tiles of hopper.cu, is what lifts it. An A100 does half an MMA a clock with the same
 // tiles: 96 of 128 bytes for Large, and 4.9 TB/s (W8), 3.7 (Wide).
 //
 // The floors of the U-Net's linear layers, us on an H100, float32 result:
@@ -93,6 +93,7 @@ int check_layer(const QvsrPart* parts, const QvsrLayer* layer, const Window& win
     return QVSR_OK;
 }
 
+constexpr double WGMMA_EPILOGUE = 128 << 10;  // bytes that could be copied meanwhile: 5000 clocks at 26 bytes, a guess
 constexpr int64_t MAX_SPLITS = 256;  // times the steps it stays far below 2^31
 
 // Shared memory that a block may have, of the chips that have more than all others from 8.0 on.
@@ -101,7 +102,8 @@ int64_t shared_memory(int arch) { return arch == 90 || arch / 10 == 10 ? 227 << 
 // Which tile, and how many blocks share one: the rounds that all blocks take, times what a tile costs. A large tile reads each byte half as often
 // from the caches and from shared memory as a small one, which fills the multiprocessors better, and where sums are short one block multiplies
 // while another stores. What they cost is a guess (Small 1.25 of a quarter of Large, or as much where sums are short; Wide 0.85 of two Large), and so
-// are four small blocks a multiprocessor with four steps or more for each. By wgmma a tile costs the bytes that it copies a step: hopper.h says why.
+// are four small blocks a multiprocessor with four steps or more for each. By wgmma a tile costs the bytes that it copies (hopper.cu says why), and one
+// block alone on a multiprocessor copies nothing while it scales and stores.
 Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps, bool by_wgmma) {
     const int64_t units = layer.multiprocessors > 0 ? layer.multiprocessors : 64;
     const auto tiles = [&](int64_t rows, int64_t columns) { return ceil_div(M, rows) * ceil_div(N, columns); };
@@ -119,8 +121,9 @@ Plan choose(const QvsrLayer& layer, int64_t M, int64_t N, int64_t steps, bool by
     Plan plan{layer.tile, 1};
     const int splits_by_wgmma = splits(tiles(128, 128), 1, 2, 8, 128 * 128);
     if (plan.tile == 0 && by_wgmma && M > 64 && N > 64 && 2 * tiles(128, 128) * splits_by_wgmma >= units) {
-        const auto cost = [&](int tile, int columns) { return wgmma_stage_bytes(tile, layer.form) * rounds(128, columns); };
-        plan.tile = cost(QVSR_WGMMA_256, 256) < cost(QVSR_WGMMA_128, 128) && !is_short ? QVSR_WGMMA_256 : QVSR_WGMMA_128;
+        const auto bytes = [&](int tile) { return double(wgmma_stage_bytes(tile, layer.form) * steps); };
+        const double alone = (bytes(QVSR_WGMMA_256) + WGMMA_EPILOGUE) * rounds(128, 256), two = bytes(QVSR_WGMMA_128) * rounds(128, 128);
+        plan.tile = alone < two ? QVSR_WGMMA_256 : QVSR_WGMMA_128;
     }
     if (plan.tile == QVSR_WGMMA_256 && wgmma_shared_bytes(plan.tile, layer.form, layer.parts) > shared_memory(90)) plan.tile = QVSR_WGMMA_128;
     if (plan.tile >= QVSR_WGMMA_128 && !by_wgmma) plan.tile = 128;
