@@ -2,7 +2,7 @@
 //
 //     n                one warpgroup: 64 channels (Wide9: twice), 128 rows                 a step: 64 bytes of k, two instructions deep
 //     |   +-----------------------------+                                                   k 0..31        32..63
-//     v   | warpgroup 0: w m64 .. n128  |   16 channels a warp: two tiles of       +------------+------------+
+//     v   | warpgroup 0                 |   16 channels a warp: two tiles of
 //         +-----------------------------+   pack.cuh are its A, widened from       +-------------+-------------+
 //         | warpgroup 1                 |   4 or 6 bits in registers               |  128 rows of q, as place()|  read by wgmma
 //         +-----------------------------+                                          |  lays them                |  through a descriptor

@@ -105,7 +105,9 @@ def descriptor(swizzle: int, leading: int, stride: int, start: int = 0) -> int:
 LAYOUTS = {16: (0, 128, 512, 256), 32: (3, 16, 256, 128 * 32), 64: (2, 16, 512, 32), 128: (1, 16, 1024, 32)}
 
 
-def product(library: ctypes.CDLL, a: np.ndarray, image: np.ndarray, word: int, further: int, mistake: str = "none") -> tuple[int, np.ndarray]:
+def product(
+    library: ctypes.CDLL, a: np.ndarray, image: np.ndarray, word: int, further: int, mistake: str = "none"
+) -> tuple[int, np.ndarray]:
     sums = np.full((64, 128), -1, np.int32)
     image, a = np.ascontiguousarray(image), np.ascontiguousarray(a)
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (image, a, sums)]
