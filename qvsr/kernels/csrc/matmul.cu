@@ -193,8 +193,9 @@ int start_gemm(const QvsrPart* parts, const QvsrLayer* layer, const Window& wind
     if (M == 0 || (layer && layer->N == 0)) return QVSR_OK;
     if (const int code = check_layer(parts, layer, window)) return code;
     const Gemm g = gemm_of(parts, *layer, window, M);
-    const bool mma_alone = layer->arch != 90 || layer->tile == 64 || layer->tile == 128 || layer->tile == 256;
-    return start_plan(g, layer->form, choose(*layer, M, layer->N, g.steps, !mma_alone && wgmma_is_right(stream)), stream);
+    Plan plan = choose(*layer, M, layer->N, g.steps, layer->arch == 90);
+    if (plan.tile >= QVSR_WGMMA_128 && !wgmma_is_right(stream)) plan = choose(*layer, M, layer->N, g.steps, false);
+    return start_plan(g, layer->form, plan, stream);
 }
 
 }  // namespace qvsr

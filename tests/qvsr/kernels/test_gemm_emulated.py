@@ -428,11 +428,17 @@ def test_wgmma_stores_every_type(library: ctypes.CDLL, outputs: int, dtype: torc
 
 def test_a_large_product_is_by_wgmma_where_the_chip_has_it(library: ctypes.CDLL) -> None:
     """Seen from outside: the check of the device runs where the choice falls on wgmma, and not elsewhere."""
-    for arch, size, state in ((80, 300, 0), (100, 300, 0), (120, 300, 0), (90, 60, 0), (90, 300, USED)):
+    for arch, size, outputs, state in (
+        (80, 300, 130, 0),
+        (100, 300, 130, 0),
+        (90, 60, 130, 0),
+        (90, 300, 60, 0),
+        (90, 70, 70, 0),
+        (90, 300, 130, USED),
+    ):
         library.qvsr_emulate_misread(0)  # forget
-        check(library, Case((64,), size=(size,), outputs=130), arch=arch)
-        assert library.qvsr_wgmma() in (state, USED if arch == 90 else state)
-    assert library.qvsr_wgmma() == USED
+        check(library, Case((64,), size=(size,), outputs=outputs), arch=arch)
+        assert library.qvsr_wgmma() == state, (arch, size, outputs)
 
 
 @pytest.mark.parametrize("tile", [0, *WGMMA])

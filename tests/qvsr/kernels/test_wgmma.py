@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from qvsr.kernels import build
+from qvsr.kernels import build, cuda, reference
+from qvsr.kernels.packing import pack_weight
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here to build the kernels for the CPU")
 
@@ -273,3 +275,26 @@ def test_no_register_of_a_product_under_way_is_written(assembled: tuple[str, Pat
         begin = lines.index(label)
         assert begin < products[0], "the products are in one loop"
         assert len(products) in (2, 4) and not written_under_way(lines[begin:end])
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no GPU of compute capability 9.0 here, which alone has wgmma",
+)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(("rows", "channels", "outputs"), [(4096, 320, 320), (1280, 2880, 640), (300, 5760, 1280)])
+def test_gpu_products_by_wgmma_are_exact(rows: int, channels: int, outputs: int, bits: int) -> None:
+    """Scales of one, so that results are the integers; ten times, for what shows only now and then."""
+    q, w = (torch.randint(2**bits, (size, channels), dtype=torch.uint8) for size in (rows, outputs))
+    ones, zeros = torch.ones(outputs, 1), torch.full((outputs, 1), 2.0 ** (bits - 1))
+    layer = [[torch.ones(())], [torch.tensor(2.0 ** (bits - 1))], pack_weight(w, bits, [channels]), bits, ones, zeros, None, None, None]
+    expected = reference.matmul_packed([q], *layer)
+    on_gpu = [[one[0].cuda()] if isinstance(one, list) else one.cuda() if isinstance(one, torch.Tensor) else one for one in layer]
+    inputs = q.cuda()
+    for _ in range(10):
+        assert torch.equal(cuda.matmul_packed([inputs], *on_gpu).cpu(), expected)
+    library = cuda._library(inputs)
+    assert library is not None and library.qvsr_wgmma() == 1, library and library.qvsr_message(library.qvsr_wgmma())
