@@ -10,6 +10,7 @@
 // - a write behind or before dynamic shared memory (canaries; with -fsanitize=address a read, too, where it happens).
 // What makes a result wrong, so that a comparison finds it:
 // - shared memory that is read before it is written: each block finds it full of 0xFF, which are NaN in every floating type;
+// - copies that wgmma reads without fence.proxy.async, and what is touched while it is under way (wgmma.cuh);
 // - a missing barrier: qvsr_emulate_seed(n) shuffles the order of threads and blocks, another order for each n; 0 is the natural one.
 // What it does not find: races inside one statement, conflicts of memory banks, misaligned vectors (-fsanitize=alignment finds these),
 // blocks that wait for one another (they would wait for ever), masks of warps other than all lanes (refused).
