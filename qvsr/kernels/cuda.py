@@ -520,10 +520,19 @@ def _layer(
             for what, values in sizes.items():
                 setattr(window, what, _three((*(0 if what == "padding" else 1 for _ in front), *values)))
             code = library.qvsr_conv(parts, byref(layer), byref(window), stream)
+        wgmma = library.qvsr_wgmma()
+    if wgmma < 0:
+        _slower(device, library.qvsr_message(wgmma).decode())
     if code == interface().numbers["QVSR_SUM"]:
         return computed(reference)
     _started(name, code, library.qvsr_message)
     return out
+
+
+@lru_cache(maxsize=None)
+def _slower(device: torch.device, reason: str) -> None:
+    """Say it once of each device."""
+    log.warning("%s: products that would take wgmma take mma.sync, more slowly: %s", device, reason)
 
 
 def _prepared(library: ctypes.CDLL, name: str, q: Tensor, known: _Rows | None, form: int, stream: int | None) -> tuple[Tensor, int, Tensor]:

@@ -456,3 +456,17 @@ def test_gpu_graph_of_a_layer() -> None:
     case.x.mul_(-0.7)
     graph.replay()
     assert torch.equal(y, run())
+
+
+def test_a_device_without_its_wgmma_says_so_once(
+    generator: torch.Generator, on_cpu: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case(generator, **CASES["3 x 3"])
+    q = case.quantized(cuda.quantize_activation)
+    monkeypatch.setattr(on_cpu, "qvsr_wgmma", lambda: -15)
+    cuda._slower.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            case.run(cuda, q)
+    (said,) = caplog.messages
+    assert said.startswith("cpu: products that would take wgmma take mma.sync, more slowly: ") and "wgmma" in said.partition("slowly: ")[2]
