@@ -529,7 +529,7 @@ def _layer(
     return out
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=64)
 def _slower(device: torch.device, reason: str) -> None:
     """Say it once of each device."""
     log.warning("%s: products that would take wgmma take mma.sync, more slowly: %s", device, reason)
