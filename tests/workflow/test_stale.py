@@ -131,6 +131,7 @@ COMMON = {
     "qvsr.registry",
     "qvsr.plan",
     "qvsr.provenance",
+    "qvsr.memory",
     "qvsr.progress",
     "qvsr.stages",
 }

@@ -327,7 +327,7 @@ def quantize(x: Tensor, *, first: bool = False, stop: int = 8, bits: int = 4, gr
         (lambda: quantize(torch.zeros(3, 8), stop=9), r"channels 0 to 9 are not among the 8 of x \(3, 8\)"),
         (lambda: quantize(torch.zeros(3, 8), granularity="row"), r"granularity 'row' is none of tensor, frame, token"),
         (lambda: quantize(torch.zeros(3, 8), bits=9), r"9 bits are not possible; 2 to 8 are, and 16"),
-        (lambda: quantize(torch.zeros(3, 8).half()), r"x is float16, float32 is needed"),
+        (lambda: quantize(torch.zeros(3, 8).half()), r"x is float16, float32 or bfloat16 is needed"),
         (lambda: quantize(torch.zeros(8, 3).T), r"x \(3, 8\) with strides \(1, 3\) is not contiguous; call contiguous\(\)"),
         (
             lambda: quantize(torch.zeros(2, 8, 4)[:, :, ::2], first=True),

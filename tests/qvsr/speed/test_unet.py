@@ -20,7 +20,8 @@ from qvsr.speed.timing import BF16, FP32, FP32_LAST, Times, Variant
 from tests.workflow import tiny
 
 FACTS: dict[str, Any] = {"path": "packed", "device": "a processor", "threads": 1, "torch": "2.0"}
-W8, W6, W4 = unet.PACKED
+W8, W6, W4, W8_HALF, W4_HALF = unet.PACKED
+NAMES = [variant.name for variant in unet.PACKED]
 HIGH = Variant("simulated W16A16", "simulated", 16)  # nearly full precision
 
 
@@ -83,8 +84,9 @@ def test_both_measurements(config: Config) -> None:
     assert len(found.seconds) == 1 and found.seconds[0] > 0
     assert found.peak_mb is None or found.peak_mb > 0
     both = unet.together(job_of(config, channels_last=True))
-    assert list(both["times"]) == ["fp32 channels last", "bf16", W8.name, W6.name, W4.name]
-    assert set(both["errors"]) == set(both["floors"]) == {W8.name, W6.name, W4.name} and both["simulated"] > 0
+    assert list(both["times"]) == ["fp32 channels last", "bf16", *NAMES]
+    assert set(both["errors"]) == set(both["floors"]) == set(NAMES) and both["simulated"] > 0
+    assert both["errors"][W8_HALF.name] == 0 and both["errors"][W4_HALF.name] == 0
     assert both["errors"][W8.name] < 0.1  # the same network: only roundings that flip differ
 
 
@@ -94,7 +96,7 @@ def measured(peak: float | None, seconds: tuple[float, ...] = (9.0, 11.0)) -> Me
 
 def test_rows_by_hand(config: Config) -> None:
     """float32 4 s in the chosen layout; the other layout alone, simulated once."""
-    times = {"fp32 channels last": 4.0, "bf16": 2.0, W8.name: 1.0, W6.name: 0.8, W4.name: 0.5}
+    times = {"fp32 channels last": 4.0, "bf16": 2.0, W8.name: 1.0, W6.name: 0.8, W4.name: 0.5, W8_HALF.name: 0.5, W4_HALF.name: 0.25}
     both = {
         "times": {name: asdict(Times(value, value, value, 5)) for name, value in times.items()},
         "errors": {W8.name: 0.001, W6.name: 0.01, W4.name: 0.1},
@@ -112,6 +114,8 @@ def test_rows_by_hand(config: Config) -> None:
         W8.name: 4,
         W6.name: 5,
         W4.name: 8,
+        W8_HALF.name: 8,
+        W4_HALF.name: 16,
     }
     assert {name for name, row in rows.items() if not row.together} == {"fp32", unet.SIMULATED.name}
     assert (rows["fp32"].seconds, rows["fp32"].rounds, rows["fp32"].peak_mb) == (10, 2, None)
@@ -132,6 +136,7 @@ def test_rows_by_hand(config: Config) -> None:
     )
     rest = 2 * (macs - sum(layer.macs for layer in quantized)) / 1e9
     assert rows[W8.name].roofline == pytest.approx(of_integers + branch + rest)  # over 1 s
+    assert rows[W8_HALF.name].roofline == pytest.approx(2 * (of_integers + branch + rest / 2))  # over half a second
 
 
 def test_the_faster_layout_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +146,8 @@ def test_the_faster_layout_goes_on(config: Config, monkeypatch: pytest.MonkeyPat
         asked.append({"work": work, "threads_of": threads, **job})
         if work.endswith(":alone"):
             return asdict(measured(100.0, (1.0, 3.0) if job["variant"] == "fp32" else (2.5, 2.5)))
-        names = ["fp32", "bf16", W8.name, W6.name, W4.name]
-        none = dict.fromkeys((W8.name, W6.name, W4.name), 0.5)
+        names = ["fp32", "bf16", *NAMES]
+        none = dict.fromkeys(NAMES, 0.5)
         return {"times": {name: asdict(Times(1, 1, 1, 5)) for name in names}, "errors": none, "floors": none, "simulated": 1.0}
 
     monkeypatch.setattr(unet, "in_a_process", process)
