@@ -204,7 +204,8 @@ def test_ctrl_c(tmp_path: Path, model: Path) -> None:
     arguments = command(tmp_path / "in", tmp_path / "out.mp4", "--model", model)
     waiting = (  # the second segment does not begin: on a busy machine all could be done before the signal comes
         # a shell starts what it puts into the background with the signal ignored, and that is inherited
-        "import pathlib, runpy, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom qvsr.models import pipeline\nreal, calls = pipeline.restore_segments, []\n"
+        "import pathlib, runpy, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from qvsr.models import pipeline\nreal, calls = pipeline.restore_segments, []\n"
         "def restore(*given, **named):\n    calls.append(1)\n    if len(calls) > 1:\n"
         f"        pathlib.Path({str(tmp_path / 'waits')!r}).touch()\n        time.sleep(600)\n    return real(*given, **named)\n"
         "pipeline.restore_segments = restore\nrunpy.run_module('qvsr', run_name='__main__')"
